@@ -1,0 +1,1 @@
+//! Commands and their rendering: tables for people, JSON for programs.

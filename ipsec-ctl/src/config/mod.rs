@@ -1,0 +1,1 @@
+//! The configuration file: schema, validation, and diagnostics that point at the line.

@@ -1,0 +1,38 @@
+//! Routes, rules and backstops of the tunnels: what must never loop or leak.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// What one tunnel wants of the kernel's routing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoutingSpec {
+    /// Who installs routes.
+    pub mode: RoutesMode,
+    /// Configured remote prefixes, the cover of the remote selectors' ranges.
+    pub remote: Vec<IpNet>,
+    /// Configured local prefixes, the cover of the local selectors' ranges.
+    pub local: Vec<IpNet>,
+    /// The peer's outer address, if it is configured or known by now.
+    pub peer: Option<IpAddr>,
+    /// Our outer address, if it is configured.
+    pub outer_local: Option<IpAddr>,
+    /// Addresses put onto the device.
+    pub addresses: Vec<IpNet>,
+    /// Prefixes that may go in the clear though a remote selector covers them.
+    pub bypass: Vec<IpNet>,
+}
+
+/// Who installs the routes of a tunnel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RoutesMode {
+    /// From the remote selectors; plaintext between the selectors is refused on other interfaces.
+    #[default]
+    Selectors,
+    /// From the remote selectors; plaintext is refused where the route back is a tunnel (route-based).
+    Routed,
+    /// A routing daemon or the operator does; nothing is protected but what they point at the device.
+    Manual,
+}

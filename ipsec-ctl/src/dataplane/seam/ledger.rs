@@ -1,0 +1,81 @@
+//! The offload ledger: what carries each SA, and why not something faster.
+
+use serde::{Deserialize, Serialize};
+
+use super::SaId;
+
+/// How one SA is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// The SA.
+    pub sa: SaId,
+    /// Fast path or not.
+    pub offload: Offload,
+}
+
+/// Whether an SA takes the fast path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "state", content = "reason")]
+pub enum Offload {
+    /// XDP and AF_XDP carry it.
+    Full,
+    /// They carry it on some interfaces only, for the reason given.
+    Partial(OffloadReason),
+    /// The slow path carries it, for the reason given.
+    Declined(OffloadReason),
+}
+
+/// Why an SA is not, or not everywhere, on the fast path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OffloadReason {
+    /// `fast_path = "off"`.
+    Configured,
+    /// `fast_path = "auto"`, and netfilter base chains of others hook forwarding.
+    NetfilterRules,
+    /// The process may not, or the kernel cannot, load XDP programs.
+    NoXdp,
+    /// No interface could take the program.
+    NoInterface,
+    /// An interface carries somebody else's XDP program.
+    ForeignXdpProgram,
+    /// An interface is a bond, bridge, macvlan or such, which AF_XDP does not reach.
+    InterfaceKind,
+    /// An interface's MTU does not fit one AF_XDP frame.
+    MtuTooLarge,
+    /// AF_XDP sockets could not be opened on an interface.
+    NoAfXdp,
+    /// The interfaces have several queues and their drivers cannot be steered.
+    Queues,
+}
+
+/// Why a command was refused. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum Rejected {
+    /// The command names a tunnel that does not exist.
+    #[error("unknown tunnel")]
+    UnknownTunnel,
+    /// The command names an SA that does not exist.
+    #[error("unknown SA")]
+    UnknownSa,
+    /// The id, or the inbound SPI on that address, is taken.
+    #[error("the SA or its SPI exists already")]
+    Exists,
+    /// All slots of the SA tables are in use.
+    #[error("the SA tables are full")]
+    Full,
+    /// Key sizes do not fit the suite.
+    #[error("the keys do not fit the algorithms")]
+    BadKeys,
+    /// The kernel refused a step.
+    #[error("{step}: {reason}")]
+    Kernel {
+        /// What was being done.
+        step: String,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// The engine has stopped.
+    #[error("the data plane has stopped")]
+    Stopped,
+}

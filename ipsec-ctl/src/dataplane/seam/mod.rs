@@ -1,0 +1,17 @@
+//! The protocol between the daemon and a data plane engine: commands in, answers and events out.
+//!
+//! Plain values that own their data, so that an engine can be driven by a test, recorded, or moved into a process of
+//! its own. SAs and tunnels are named by numbers that the daemon chooses. Keys are redacted from every rendering.
+
+mod command;
+mod event;
+mod ledger;
+mod stats;
+
+pub use command::{
+    ChildId, ChildTrap, Command, Df, Direction, FastPath, IkeDatagram, Lifetime, Outer, SaId,
+    SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+};
+pub use event::{Event, Flow, LifetimeKind};
+pub use ledger::{Ledger, Offload, OffloadReason, Rejected};
+pub use stats::{PathCounters, SaStats};

@@ -1,0 +1,31 @@
+//! Counters of SAs, read at any time without a round trip to the workers.
+
+use serde::{Deserialize, Serialize};
+
+use super::SaId;
+
+/// Packets and bytes of inner traffic that took one path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathCounters {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of the inner packets, headers included.
+    pub bytes: u64,
+}
+
+/// Counters of one SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaStats {
+    /// The SA.
+    pub sa: SaId,
+    /// What AF_XDP workers carried.
+    pub fast: PathCounters,
+    /// What the slow path carried.
+    pub slow: PathCounters,
+    /// Highest sequence number sent, or received and authenticated.
+    pub sequence: u64,
+    /// Packets refused as replayed or too old.
+    pub replayed: u64,
+    /// Packets whose ICV was wrong.
+    pub forged: u64,
+}

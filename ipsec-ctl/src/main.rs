@@ -1,0 +1,3 @@
+//! `ipsec-ctl`: the daemon and its command line in one binary.
+
+fn main() {}

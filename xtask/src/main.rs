@@ -1,0 +1,3 @@
+//! `cargo xtask`: everything one does with this project. This file only parses and dispatches.
+
+fn main() {}
