@@ -3,3 +3,5 @@
 //! Nothing here reads a clock, opens a socket, starts a thread or draws from a global random number generator.
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+pub mod message;
