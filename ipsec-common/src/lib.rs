@@ -1,7 +1,6 @@
-//! What the XDP program and userspace must agree on: identifiers, map layouts, packet parsing, the ESP format and
-//! the replay window.
+//! What every part of the gateway must agree on, an XDP program included: SPIs and traffic selectors.
 //!
-//! Pure and allocation-free: the XDP program, the workers and the tests on the host run this very code.
+//! Pure and allocation-free, so that the same code can run in the kernel, in userspace and in tests.
 #![cfg_attr(not(test), no_std)]
 #![warn(missing_docs)]
 

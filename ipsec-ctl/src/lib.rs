@@ -1,14 +1,10 @@
-//! The IPsec gateway: IKEv2 daemon, data plane and command line, one folder per concern.
+//! The IPsec gateway, one folder per concern.
 //!
 //! Imports between the folders point downwards in this order and never up (`cargo xtask tidy` checks it):
-//! `cli`, `daemon`, `api`, `config`, `ike`, `dataplane`, `esp`, `net`. `ike` and `dataplane` do not know each other;
-//! `daemon` converts between their values.
+//! `cli`, `config`, `ike`, `dataplane`, `esp`. `ike` and `dataplane` do not know each other.
 
-pub mod api;
 pub mod cli;
 pub mod config;
-pub mod daemon;
 pub mod dataplane;
 pub mod esp;
 pub mod ike;
-pub mod net;

@@ -1,3 +1,7 @@
-//! `ipsec-ctl`: the daemon and its command line in one binary.
+//! `ipsec-ctl`: the gateway's command line.
 
-fn main() {}
+use clap::Parser;
+
+fn main() -> miette::Result<()> {
+    ipsec_ctl::cli::run(ipsec_ctl::cli::Cli::parse())
+}

@@ -1,3 +1,31 @@
 //! `cargo xtask`: everything one does with this project. This file only parses and dispatches.
 
-fn main() {}
+mod ci;
+mod command;
+mod test;
+mod tidy;
+
+use clap::Parser;
+
+/// Builds and tests ipsec-xdp.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Build the release binary, target/release/ipsec-ctl
+    Build,
+    /// Run all tests and count them
+    Test,
+    /// Check what the compiler cannot: import directions, module descriptions, leftovers
+    Tidy,
+    /// Run what CI runs: formatting, lints, tidy, tests, build
+    Ci,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Task::parse() {
+        Task::Build => command::cargo(&["build", "--release", "--package", "ipsec-ctl"]),
+        Task::Test => test::run(),
+        Task::Tidy => tidy::run(),
+        Task::Ci => ci::run(),
+    }
+}

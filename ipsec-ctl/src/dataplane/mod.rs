@@ -1,4 +1,4 @@
-//! The data plane: everything that touches a packet. The daemon talks to it through [`seam`] alone.
+//! The data plane's side of the gateway: so far the protocol that the daemon will speak to an engine, in [`seam`].
 
 pub mod routing;
 pub mod seam;

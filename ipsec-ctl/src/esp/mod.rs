@@ -1,4 +1,4 @@
-//! ESP packets (RFC 4303): sealing and opening one packet or a batch, with ring.
+//! The algorithms and keys of ESP (RFC 4303), as the daemon hands them to a data plane.
 #![forbid(unsafe_code)]
 
 mod suite;

@@ -1,1 +1,0 @@
-//! The control socket: HTTP and JSON over a Unix socket, both halves.

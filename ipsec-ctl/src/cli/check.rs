@@ -1,0 +1,74 @@
+//! `ipsec-ctl check FILE`: says whether the file can be used and how it was understood.
+
+use std::{fmt::Display, io::Write, path::PathBuf};
+
+use miette::{Context, IntoDiagnostic};
+
+use crate::config::{self, Child, Config, Peer, Tunnel};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The configuration file.
+    file: PathBuf,
+}
+
+pub(super) fn run(options: &Options) -> miette::Result<()> {
+    let config = config::load(&options.file)?;
+    let mut out = std::io::stdout().lock();
+    out.write_all(render(&config).as_bytes())
+        .into_diagnostic()
+        .wrap_err("the result cannot be printed")
+}
+
+fn render(config: &Config) -> String {
+    let mut text = format!(
+        "configuration is valid, {} tunnel(s)\n",
+        config.tunnels.len()
+    );
+    for tunnel in &config.tunnels {
+        text.push_str(&render_tunnel(tunnel));
+    }
+    text
+}
+
+fn render_tunnel(tunnel: &Tunnel) -> String {
+    let or = |identity: &Option<crate::ike::Identity>, otherwise: &str| {
+        identity
+            .as_ref()
+            .map_or_else(|| otherwise.to_owned(), ToString::to_string)
+    };
+    let (peer, any_id) = match tunnel.peer {
+        Peer::Address(address) => (address.to_string(), "its address"),
+        Peer::Any => ("any address".to_owned(), "any identity"),
+    };
+    let mut text = format!(
+        "\ntunnel {}\n  peer      {peer}, as {}\n  we are    {}\n  device    {}\n  IKE       {}\n",
+        tunnel.name,
+        or(&tunnel.remote_id, any_id),
+        or(&tunnel.local_id, "our address"),
+        tunnel.device,
+        list(&tunnel.ike, "\n            "),
+    );
+    for child in &tunnel.children {
+        text.push_str(&render_child(child));
+    }
+    text
+}
+
+fn render_child(child: &Child) -> String {
+    format!(
+        "  child     {}: {} <-> {}\n    ESP     {}\n",
+        child.name,
+        list(&child.local, ", "),
+        list(&child.remote, ", "),
+        list(&child.esp, "\n            "),
+    )
+}
+
+fn list<T: Display>(items: &[T], between: &str) -> String {
+    items
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(between)
+}

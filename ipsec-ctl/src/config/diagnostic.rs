@@ -1,0 +1,164 @@
+//! What is wrong with a configuration, shown with its line and the remedy.
+
+use std::{io, ops::Range};
+
+use miette::{Diagnostic, LabeledSpan, NamedSource};
+
+/// All that is wrong with one configuration file.
+#[derive(Debug, thiserror::Error, Diagnostic)]
+#[error("{summary}")]
+pub struct ConfigErrors {
+    summary: String,
+    #[help]
+    help: Option<String>,
+    #[related]
+    problems: Vec<Located>,
+}
+
+/// A problem together with the text it is in, as miette wants it.
+#[derive(Debug, thiserror::Error, Diagnostic)]
+#[error("{message}")]
+struct Located {
+    message: String,
+    #[source_code]
+    source_code: NamedSource<String>,
+    #[label(collection)]
+    labels: Vec<LabeledSpan>,
+    #[help]
+    help: Option<String>,
+}
+
+/// One problem: what, where, and what to write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// What is wrong, lower case.
+    pub message: String,
+    /// Places in the text, each with its own words.
+    pub labels: Vec<(Range<usize>, String)>,
+    /// What to write instead.
+    pub help: Option<String>,
+}
+
+impl Problem {
+    pub(super) fn new(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            labels: Vec::new(),
+            help: None,
+        }
+    }
+
+    pub(super) fn at(mut self, span: Range<usize>, label: impl Into<String>) -> Self {
+        self.labels.push((span, label.into()));
+        self
+    }
+
+    pub(super) fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Turns a parser's error into ours; a misspelt key gets the nearest one as its remedy.
+    pub(super) fn from_toml(error: &toml::de::Error) -> Self {
+        let message = error.message();
+        let help = nearest_expected(message)
+            .map(|name| {
+                format!("did you mean `{name}`? docs/configuration.md lists every key and value")
+            })
+            .or_else(|| secret_hint(message));
+        Self {
+            message: message.to_owned(),
+            labels: error
+                .span()
+                .map(|span| (span, "here".to_owned()))
+                .into_iter()
+                .collect(),
+            help,
+        }
+    }
+}
+
+/// A key inside the file is a leak waiting for a backup; the remedy is worth its own words.
+fn secret_hint(message: &str) -> Option<String> {
+    ["`psk`", "`secret`", "`password`", "`key`"].iter().any(|key| message.contains(key)).then(|| {
+        "the configuration holds no secrets: put the key into a file of mode 0600 and name it with psk_file".to_owned()
+    })
+}
+
+/// Finds the expected name nearest to the unknown one in serde's message, if it is near at all.
+fn nearest_expected(message: &str) -> Option<String> {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let unknown = message.starts_with("unknown ").then(|| quoted.next())??;
+    if secret_hint(message.split(',').next()?).is_some() {
+        return None;
+    }
+    let (distance, name) = quoted
+        .map(|name| (edit_distance(unknown, name), name))
+        .min()?;
+    (distance <= unknown.len().div_ceil(3)).then(|| name.to_owned())
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.bytes().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (cell, to) in row.iter_mut().skip(1).zip(b.bytes()) {
+            let above = *cell;
+            left = (diagonal + usize::from(from != to))
+                .min(above + 1)
+                .min(left + 1);
+            diagonal = above;
+            *cell = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+impl ConfigErrors {
+    pub(super) fn new(name: &str, text: &str, problems: Vec<Problem>) -> Self {
+        let count = match problems.len() {
+            1 => "a problem".to_owned(),
+            more => format!("{more} problems"),
+        };
+        Self {
+            summary: format!("{count} in {name}; nothing was changed"),
+            help: None,
+            problems: problems
+                .into_iter()
+                .map(|problem| Located::new(name, text, problem))
+                .collect(),
+        }
+    }
+
+    pub(super) fn unreadable(name: &str, cause: &io::Error) -> Self {
+        Self {
+            summary: format!("the configuration {name} cannot be read: {cause}"),
+            help: Some("name the file with -c FILE; README.md has one to start from".to_owned()),
+            problems: Vec::new(),
+        }
+    }
+
+    /// The messages alone, for the log.
+    pub fn messages(&self) -> impl Iterator<Item = &str> {
+        self.problems.iter().map(|problem| problem.message.as_str())
+    }
+}
+
+impl Located {
+    fn new(name: &str, text: &str, problem: Problem) -> Self {
+        Self {
+            message: problem.message,
+            source_code: NamedSource::new(name, text.to_owned()),
+            labels: problem
+                .labels
+                .into_iter()
+                .map(|(span, label)| LabeledSpan::at(span, label))
+                .collect(),
+            help: problem.help,
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The configuration as the daemon uses it: every value parsed, defaulted and known to be usable.
+//!
+//! Two tunnels compare equal exactly if a reload has nothing to do for them.
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+use ipsec_common::TrafficSelector;
+
+use super::{schema::Nat, secret::Secret};
+use crate::{
+    dataplane::{
+        routing::RoutesMode,
+        seam::{Df, FastPath},
+    },
+    ike::{
+        Identity,
+        crypto::{EspProposal, IkeProposal},
+    },
+};
+
+pub use super::schema::SysctlSetting as SysctlMode;
+
+/// A whole configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Names pins, so that several gateways can share a kernel.
+    pub instance: String,
+    /// Interfaces that XDP attaches to; all suitable ones if not given.
+    pub interfaces: Option<Vec<String>>,
+    /// Mark of all packets of our own, which keeps them out of the tunnels.
+    pub mark: u32,
+    /// What is done about sysctls.
+    pub sysctl: SysctlMode,
+    /// Path of the control socket.
+    pub control_socket: PathBuf,
+    /// AF_XDP workers; as many as queues and processors allow if not given.
+    pub workers: Option<u16>,
+    /// Workers poll without sleeping.
+    pub busy_poll: bool,
+    /// UDP ports we listen on.
+    pub ports: Ports,
+    /// Limits that protect the responder.
+    pub limits: Limits,
+    /// The tunnels, in the order of the file.
+    pub tunnels: Vec<Tunnel>,
+}
+
+/// UDP ports in host byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// IKE.
+    pub ike: u16,
+    /// IKE and ESP behind NAT.
+    pub nat_traversal: u16,
+}
+
+/// Limits of the responder (RFC 7296 section 2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Half-open IKE SAs from which on a cookie is demanded.
+    pub cookie_threshold: u32,
+    /// Half-open IKE SAs in all.
+    pub half_open: u32,
+    /// Half-open IKE SAs from one address.
+    pub half_open_per_source: u32,
+}
+
+/// One tunnel: an IKE peer and its children.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Its name.
+    pub name: String,
+    /// The peer's address.
+    pub peer: Peer,
+    /// Our outer address; the kernel's choice for the peer if not given.
+    pub local: Option<IpAddr>,
+    /// Our identity; our outer address if not given.
+    pub local_id: Option<Identity>,
+    /// The peer's identity; its outer address if not given (any, for `peer = "any"`).
+    pub remote_id: Option<Identity>,
+    /// The pre-shared key.
+    pub psk: Secret,
+    /// Who starts it.
+    pub role: Role,
+    /// IKE proposals in order of preference.
+    pub ike: Vec<IkeProposal>,
+    /// UDP encapsulation.
+    pub nat: Nat,
+    /// Interval of NAT keep-alives.
+    pub keepalive: Duration,
+    /// Liveness checks.
+    pub dpd: Dpd,
+    /// Lifetime of the IKE SA.
+    pub lifetime: Duration,
+    /// Name of the TUN device.
+    pub device: String,
+    /// Fixed device MTU in bytes.
+    pub mtu: Option<u16>,
+    /// Whether XDP may carry it.
+    pub fast_path: FastPath,
+    /// Outer DF bit.
+    pub df: Df,
+    /// Clamp the MSS of TCP.
+    pub clamp_mss: bool,
+    /// Copy DSCP outwards.
+    pub copy_dscp: bool,
+    /// Who installs routes.
+    pub routes: RoutesMode,
+    /// Addresses of the device.
+    pub address: Vec<IpNet>,
+    /// Prefixes exempt from protection.
+    pub bypass: Vec<IpNet>,
+    /// Its children, at least one.
+    pub children: Vec<Child>,
+}
+
+/// One child of a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Child {
+    /// Its name.
+    pub name: String,
+    /// Our side.
+    pub local: Vec<TrafficSelector>,
+    /// The peer's side.
+    pub remote: Vec<TrafficSelector>,
+    /// ESP proposals in order of preference.
+    pub esp: Vec<EspProposal>,
+    /// Lifetime of its SAs.
+    pub lifetime: Duration,
+    /// Bytes of inner packets an SA may carry.
+    pub lifetime_bytes: Option<u64>,
+    /// Packets an SA may carry.
+    pub lifetime_packets: Option<u64>,
+    /// Anti-replay window in packets; 0 is off.
+    pub replay_window: u32,
+}
+
+/// Where the peer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// At one address.
+    Address(IpAddr),
+    /// Anywhere: it starts, and is known by its identity.
+    Any,
+}
+
+/// Who starts a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// We do, at once and for ever.
+    Initiate,
+    /// We do, when a packet asks for it.
+    OnDemand,
+    /// The peer does.
+    Respond,
+}
+
+/// Liveness checks (RFC 7296 section 2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dpd {
+    /// Silence after which a peer that we send to is asked; zero is never.
+    pub interval: Duration,
+    /// Time without an answer after which the peer is dead.
+    pub timeout: Duration,
+}

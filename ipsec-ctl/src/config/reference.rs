@@ -1,0 +1,370 @@
+//! What each key of the configuration means: the one source of `docs/configuration.md`.
+
+use std::fmt::Write;
+
+/// A table of the file and the keys in it.
+pub(super) struct Section {
+    /// As it is written in the file.
+    pub(super) header: &'static str,
+    /// What it is.
+    text: &'static str,
+    /// Its keys.
+    pub(super) keys: &'static [Key],
+}
+
+/// One key.
+pub(super) struct Key {
+    /// Its name.
+    pub(super) name: &'static str,
+    /// Values it takes.
+    values: &'static str,
+    /// What holds without it; empty if it must be there.
+    default: &'static str,
+    /// What it does.
+    text: &'static str,
+}
+
+const fn key(
+    name: &'static str,
+    values: &'static str,
+    default: &'static str,
+    text: &'static str,
+) -> Key {
+    Key {
+        name,
+        values,
+        default,
+        text,
+    }
+}
+
+pub(super) const SECTIONS: &[Section] = &[
+    Section {
+        header: "top of the file",
+        text: "Settings of the whole gateway. All are optional.",
+        keys: &[
+            key(
+                "instance",
+                "1 to 32 letters, digits, hyphens",
+                "`\"default\"`",
+                "Names this gateway, so that several can share a kernel.",
+            ),
+            key(
+                "interfaces",
+                "list of interface names",
+                "every suitable one",
+                "Interfaces that the XDP program attaches to.",
+            ),
+            key(
+                "mark",
+                "number above 0",
+                "`0x4958`",
+                "Firewall mark of our own packets. It keeps them out of the tunnels.",
+            ),
+            key(
+                "sysctl",
+                "`\"report\"`, `\"manage\"`",
+                "`\"report\"`",
+                "Whether sysctls that stand in the way are only told, or set.",
+            ),
+            key(
+                "control_socket",
+                "path",
+                "`/run/ipsec-xdp/INSTANCE.sock`",
+                "The socket on which the daemon is asked and told.",
+            ),
+            key(
+                "workers",
+                "number from 1",
+                "what queues and processors allow",
+                "Threads of the fast path.",
+            ),
+            key(
+                "busy_poll",
+                "`true`, `false`",
+                "`false`",
+                "Workers poll without sleeping: less latency for a processor each.",
+            ),
+        ],
+    },
+    Section {
+        header: "[ports]",
+        text: "UDP ports that we listen on. Peers expect the defaults.",
+        keys: &[
+            key("ike", "port", "`500`", "IKE."),
+            key(
+                "nat_traversal",
+                "port",
+                "`4500`",
+                "IKE and ESP in UDP (RFC 3948).",
+            ),
+        ],
+    },
+    Section {
+        header: "[limits]",
+        text: "What protects the responder from strangers (RFC 7296 section 2.6).",
+        keys: &[
+            key(
+                "cookie_threshold",
+                "number",
+                "`32`",
+                "Half-open IKE SAs from which on a cookie is demanded.",
+            ),
+            key(
+                "half_open",
+                "number from 1",
+                "`4096`",
+                "Half-open IKE SAs in all.",
+            ),
+            key(
+                "half_open_per_source",
+                "number from 1",
+                "`16`",
+                "Half-open IKE SAs from one address.",
+            ),
+        ],
+    },
+    Section {
+        header: "[[tunnel]]",
+        text: "One tunnel: an IKE peer and its children. Repeat for each.",
+        keys: &[
+            key("name", "text", "", "Names the tunnel in commands and logs."),
+            key(
+                "peer",
+                "address, or `\"any\"`",
+                "",
+                "The peer's outer address; `\"any\"` for one that calls from anywhere and is known by its identity.",
+            ),
+            key(
+                "local",
+                "address",
+                "the kernel's choice",
+                "Our outer address.",
+            ),
+            key(
+                "local_id",
+                "address, name, mailbox, `keyid:TEXT`",
+                "our outer address",
+                "Our identity. `fqdn:` and `rfc822:` in front decide where the kind is unclear.",
+            ),
+            key(
+                "remote_id",
+                "as `local_id`",
+                "the peer's address; any for `peer = \"any\"`",
+                "The identity the peer must prove.",
+            ),
+            key(
+                "psk_file",
+                "path",
+                "",
+                "File with the pre-shared key: a line of text, or `0x` and hex digits. Only its owner may read it. A relative path starts at the configuration's folder.",
+            ),
+            key(
+                "role",
+                "`\"initiate\"`, `\"on-demand\"`, `\"respond\"`",
+                "`\"initiate\"`; `\"respond\"` for `peer = \"any\"`",
+                "Who starts the tunnel: we, at once and for ever; we, at the first packet; the peer.",
+            ),
+            key(
+                "ike",
+                "list of proposals",
+                "AES-GCM and ChaCha20-Poly1305, then AES-CBC; x25519, NIST curves, MODP",
+                "IKE proposals in order of preference.",
+            ),
+            key(
+                "nat",
+                "`\"auto\"`, `\"force\"`, `\"forbid\"`",
+                "`\"auto\"`",
+                "ESP in UDP: if a NAT is found, always, or never.",
+            ),
+            key(
+                "keepalive",
+                "duration from 1s",
+                "`\"20s\"`",
+                "Interval of NAT keep-alives.",
+            ),
+            key(
+                "dpd",
+                "table: `interval`, `timeout`",
+                "`{ interval = \"20s\", timeout = \"60s\" }`",
+                "A peer that we send to and do not hear from for `interval` is asked whether it lives (`\"0s\"`: never), and given up after `timeout` (at least 5s).",
+            ),
+            key(
+                "lifetime",
+                "duration from 60s",
+                "`\"24h\"`",
+                "Lifetime of the IKE SA.",
+            ),
+            key(
+                "device",
+                "interface name",
+                "the tunnel's name",
+                "Name of the tunnel's TUN device.",
+            ),
+            key(
+                "mtu",
+                "bytes from 576; 1280 with IPv6",
+                "from the SAs and the path",
+                "Fixed MTU of the device.",
+            ),
+            key(
+                "fast_path",
+                "`\"auto\"`, `\"on\"`, `\"off\"`",
+                "`\"auto\"`",
+                "Whether XDP and AF_XDP carry the tunnel, past netfilter and tc: unless there are rules they would bypass, always, never.",
+            ),
+            key(
+                "df",
+                "`\"copy\"`, `\"set\"`, `\"clear\"`",
+                "`\"copy\"`",
+                "Don't-fragment bit of the outer IPv4 header.",
+            ),
+            key(
+                "clamp_mss",
+                "`true`, `false`",
+                "`true`",
+                "Lowers the MSS in TCP SYNs to what the tunnel carries.",
+            ),
+            key(
+                "copy_dscp",
+                "`true`, `false`",
+                "`true`",
+                "Copies the DSCP to the outer header.",
+            ),
+            key(
+                "routes",
+                "`\"selectors\"`, `\"routed\"`, `\"manual\"`",
+                "`\"selectors\"`",
+                "Who installs routes: we, from the remote selectors; likewise, with plaintext refused by route instead of by selector; somebody else.",
+            ),
+            key(
+                "address",
+                "list of address/length",
+                "none",
+                "Addresses of the device, for routing protocols.",
+            ),
+            key(
+                "bypass",
+                "list of prefixes",
+                "none",
+                "Prefixes that may go in the clear though a remote selector covers them.",
+            ),
+        ],
+    },
+    Section {
+        header: "[[tunnel.child]]",
+        text: "One child of the tunnel above it: what it carries. At least one.",
+        keys: &[
+            key("name", "text", "", "Names the child within its tunnel."),
+            key(
+                "local",
+                "list of selectors",
+                "",
+                "Our side: `\"10.1.0.0/24\"`, `\"10.1.0.5-10.1.0.9\"`, with a protocol and ports behind if wanted: `\"10.1.0.0/24 tcp 443\"`.",
+            ),
+            key("remote", "list of selectors", "", "The peer's side."),
+            key(
+                "esp",
+                "list of proposals",
+                "AES-GCM and ChaCha20-Poly1305, then AES-CBC",
+                "ESP proposals in order of preference; a group in one asks for PFS.",
+            ),
+            key(
+                "lifetime",
+                "duration from 60s",
+                "`\"8h\"`",
+                "Lifetime of an SA.",
+            ),
+            key(
+                "lifetime_bytes",
+                "volume from 1MiB",
+                "none",
+                "Volume an SA may carry: `\"100GiB\"`.",
+            ),
+            key(
+                "lifetime_packets",
+                "number from 1",
+                "what the sequence number allows",
+                "Packets an SA may carry.",
+            ),
+            key(
+                "replay_window",
+                "`0`, or 32 to 4096",
+                "`4096`",
+                "Anti-replay window in packets; `0` accepts replays.",
+            ),
+        ],
+    },
+];
+
+/// Renders the reference page, `docs/configuration.md`.
+pub fn markdown() -> String {
+    let mut page = String::from(INTRODUCTION);
+    for Section { header, text, keys } in SECTIONS {
+        let title = if header.starts_with('[') {
+            format!("`{header}`")
+        } else {
+            format!("The {header}")
+        };
+        // Writing into a String cannot fail.
+        let _ = write!(
+            page,
+            "\n## {title}\n\n{text}\n\n| Key | Values | Default | Meaning |\n|---|---|---|---|\n"
+        );
+        for Key {
+            name,
+            values,
+            default,
+            text,
+        } in *keys
+        {
+            let default = if default.is_empty() {
+                "must be given"
+            } else {
+                default
+            };
+            let _ = writeln!(page, "| `{name}` | {values} | {default} | {text} |");
+        }
+    }
+    page.push_str(PROPOSALS);
+    page
+}
+
+const INTRODUCTION: &str = "\
+# Configuration
+
+One TOML file. `ipsec-ctl check FILE` validates it, shows every problem with its line and the remedy, and changes
+nothing. This page is made from the text in the code (`ipsec-ctl/src/config/reference.rs`).
+
+```toml
+[[tunnel]]
+name = \"office\"
+peer = \"203.0.113.9\"
+psk_file = \"office.psk\"
+
+[[tunnel.child]]
+name = \"net\"
+local = [\"10.1.0.0/24\"]
+remote = [\"10.2.0.0/24\"]
+```
+
+The file holds no secrets. Durations are a number with `s`, `m`, `h` or `d`. Unknown keys are errors. Two tunnels need
+different names and devices, and must differ in peer, identities or local address.
+";
+
+const PROPOSALS: &str = "
+## Proposals
+
+Algorithms joined by hyphens. Several of a kind are alternatives, the preferred one first.
+
+| Kind | Names |
+|---|---|
+| cipher | `aes128gcm16` `aes256gcm16` `chacha20poly1305` `aes128` `aes192` `aes256` |
+| integrity, with `aes128` to `aes256` only | `sha256` `sha384` `sha512` |
+| PRF, IKE only; that of the integrity algorithm if not given | `prfsha256` `prfsha384` `prfsha512` |
+| group; in ESP proposals for PFS | `x25519` `ecp256` `ecp384` `ecp521` `modp2048` `modp3072` `modp4096` |
+| sequence numbers, ESP only; `noesn` if not given | `esn` `noesn` |
+
+`aes256-sha512-ecp521` and `aes256gcm16-prfsha384-x25519` are IKE proposals, `aes256-sha512` and
+`aes256gcm16-x25519-esn` ESP proposals. DES, 3DES, MD5, SHA-1 and groups below 2048 bits are refused (RFC 8247, RFC 8221).
+";

@@ -1,0 +1,137 @@
+//! The file as it is written: what serde reads, before any value is judged.
+//!
+//! Every key here has its text in `reference.rs`; a test compares the two.
+
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use crate::dataplane::{
+    routing::RoutesMode,
+    seam::{Df, FastPath},
+};
+
+/// Text with its place in the file.
+pub(super) type Text = Spanned<String>;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    pub(super) instance: Option<Text>,
+    pub(super) interfaces: Option<Vec<String>>,
+    pub(super) mark: Option<Spanned<u32>>,
+    #[serde(default)]
+    pub(super) sysctl: SysctlSetting,
+    pub(super) control_socket: Option<String>,
+    pub(super) workers: Option<Spanned<u16>>,
+    #[serde(default)]
+    pub(super) busy_poll: bool,
+    #[serde(default)]
+    pub(super) ports: PortsTable,
+    #[serde(default)]
+    pub(super) limits: LimitsTable,
+    #[serde(default, rename = "tunnel")]
+    pub(super) tunnels: Vec<Spanned<TunnelTable>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PortsTable {
+    pub(super) ike: Option<Spanned<u16>>,
+    pub(super) nat_traversal: Option<Spanned<u16>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LimitsTable {
+    pub(super) cookie_threshold: Option<u32>,
+    pub(super) half_open: Option<Spanned<u32>>,
+    pub(super) half_open_per_source: Option<Spanned<u32>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TunnelTable {
+    pub(super) name: Text,
+    pub(super) peer: Text,
+    pub(super) local: Option<Text>,
+    pub(super) local_id: Option<Text>,
+    pub(super) remote_id: Option<Text>,
+    pub(super) psk_file: Text,
+    pub(super) role: Option<RoleSetting>,
+    pub(super) ike: Option<Vec<Text>>,
+    #[serde(default)]
+    pub(super) nat: Nat,
+    pub(super) keepalive: Option<Text>,
+    #[serde(default)]
+    pub(super) dpd: DpdTable,
+    pub(super) lifetime: Option<Text>,
+    pub(super) device: Option<Text>,
+    pub(super) mtu: Option<Spanned<u16>>,
+    #[serde(default)]
+    pub(super) fast_path: FastPath,
+    #[serde(default)]
+    pub(super) df: Df,
+    pub(super) clamp_mss: Option<bool>,
+    pub(super) copy_dscp: Option<bool>,
+    #[serde(default)]
+    pub(super) routes: RoutesMode,
+    #[serde(default)]
+    pub(super) address: Vec<Text>,
+    #[serde(default)]
+    pub(super) bypass: Vec<Text>,
+    #[serde(default, rename = "child")]
+    pub(super) children: Vec<Spanned<ChildTable>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DpdTable {
+    pub(super) interval: Option<Text>,
+    pub(super) timeout: Option<Text>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ChildTable {
+    pub(super) name: Text,
+    pub(super) local: Vec<Text>,
+    pub(super) remote: Vec<Text>,
+    pub(super) esp: Option<Vec<Text>>,
+    pub(super) lifetime: Option<Text>,
+    pub(super) lifetime_bytes: Option<Text>,
+    pub(super) lifetime_packets: Option<Spanned<u64>>,
+    pub(super) replay_window: Option<Spanned<u32>>,
+}
+
+/// Who starts a tunnel, as the file says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RoleSetting {
+    Initiate,
+    OnDemand,
+    Respond,
+}
+
+/// UDP encapsulation of ESP (RFC 3948).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Nat {
+    /// If NAT detection finds a NAT.
+    #[default]
+    Auto,
+    /// Always.
+    Force,
+    /// Never; NAT detection is not sent either.
+    Forbid,
+}
+
+/// What is done about sysctls that stand in the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SysctlSetting {
+    /// `check` and `run` tell what should be set.
+    #[default]
+    Report,
+    /// They are set, and restored by `ipsec-ctl release`.
+    Manage,
+}

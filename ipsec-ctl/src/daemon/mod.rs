@@ -1,1 +1,0 @@
-//! Wiring: the tokio tasks, timers and signals that join the IKE core to the data plane.

@@ -1,1 +1,0 @@
-//! Harness of the integration tests: namespaces, peers, captures.
