@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use crate::{command::cargo, test, tidy};
+use crate::{
+    command::{build_release, cargo},
+    test, tidy,
+};
 
 pub(crate) fn run() -> anyhow::Result<()> {
     timed("format", || cargo(&["fmt", "--all", "--check"]))?;
@@ -17,9 +20,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             "warnings",
         ])
     })?;
-    timed("build", || {
-        cargo(&["build", "--release", "--package", "ipsec-ctl"])
-    })?;
+    timed("build", build_release)?;
     timed("tests", test::run)
 }
 

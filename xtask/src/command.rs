@@ -21,6 +21,11 @@ pub(crate) fn prepare(arguments: &[&str]) -> Command {
     command
 }
 
+/// Builds the binary that users install.
+pub(crate) fn build_release() -> anyhow::Result<()> {
+    cargo(&["build", "--release", "--package", "ipsec-ctl"])
+}
+
 /// Runs cargo.
 pub(crate) fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
     let status = prepare(arguments)

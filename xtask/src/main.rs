@@ -23,7 +23,7 @@ enum Task {
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
-        Task::Build => command::cargo(&["build", "--release", "--package", "ipsec-ctl"]),
+        Task::Build => command::build_release(),
         Task::Test => test::run(),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),

@@ -93,29 +93,9 @@ fn nearest_expected(message: &str) -> Option<String> {
         return None;
     }
     let (distance, name) = quoted
-        .map(|name| (edit_distance(unknown, name), name))
+        .map(|name| (strsim::levenshtein(unknown, name), name))
         .min()?;
     (distance <= unknown.len().div_ceil(3)).then(|| name.to_owned())
-}
-
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.bytes().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, to) in row.iter_mut().skip(1).zip(b.bytes()) {
-            let above = *cell;
-            left = (diagonal + usize::from(from != to))
-                .min(above + 1)
-                .min(left + 1);
-            diagonal = above;
-            *cell = left;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
-    }
-    row.last().copied().unwrap_or(0)
 }
 
 impl ConfigErrors {

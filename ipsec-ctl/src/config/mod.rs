@@ -16,7 +16,7 @@ use std::{fs, path::Path};
 
 pub use self::{
     diagnostic::{ConfigErrors, Problem},
-    model::{Child, Config, Dpd, Limits, Peer, Ports, Role, SysctlMode, Tunnel},
+    model::{Child, Config, Dpd, Limits, Peer, Ports, Role, Tunnel},
     reference::markdown as reference_markdown,
     schema::{Nat, SysctlSetting},
     secret::{KeyFileError, Secret},

@@ -7,7 +7,10 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use ipnet::IpNet;
 use ipsec_common::TrafficSelector;
 
-use super::{schema::Nat, secret::Secret};
+use super::{
+    schema::{Nat, SysctlSetting},
+    secret::Secret,
+};
 use crate::{
     dataplane::{
         routing::RoutesMode,
@@ -19,8 +22,6 @@ use crate::{
     },
 };
 
-pub use super::schema::SysctlSetting as SysctlMode;
-
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -31,7 +32,7 @@ pub struct Config {
     /// Mark of all packets of our own, which keeps them out of the tunnels.
     pub mark: u32,
     /// What is done about sysctls.
-    pub sysctl: SysctlMode,
+    pub sysctl: SysctlSetting,
     /// Path of the control socket.
     pub control_socket: PathBuf,
     /// AF_XDP workers; as many as queues and processors allow if not given.

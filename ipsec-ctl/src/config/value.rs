@@ -78,18 +78,16 @@ impl SelectorError {
 pub(super) fn selector(text: &str) -> Result<TrafficSelector, SelectorError> {
     let mut words = text.split_whitespace();
     let addresses = addresses(words.next().unwrap_or_default())?;
-    let protocol = words
-        .next()
-        .map(|word| protocol(word).ok_or_else(|| SelectorError::Protocol(word.to_owned())));
-    let protocol = protocol.transpose()?.unwrap_or(0);
+    let protocol_word = words.next();
+    let protocol = match protocol_word {
+        None => 0,
+        Some(word) => protocol(word).ok_or_else(|| SelectorError::Protocol(word.to_owned()))?,
+    };
     let ports = match words.next() {
         None => ANY_PORT,
         Some(_) if !matches!(protocol, 6 | 17 | 132) => {
             return Err(SelectorError::PortsWithout(
-                text.split_whitespace()
-                    .nth(1)
-                    .unwrap_or_default()
-                    .to_owned(),
+                protocol_word.unwrap_or_default().to_owned(),
             ));
         }
         Some(word) => ports(word).ok_or_else(|| SelectorError::Ports(word.to_owned()))?,

@@ -8,6 +8,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::message::payload::IdType;
+
 /// Who a peer says it is. Two identities are the same only if kind and bytes are.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Identity {
@@ -35,19 +37,19 @@ const LONGEST_BYTES: usize = 255;
 
 impl Identity {
     /// The ID type and data on the wire.
-    pub fn to_wire(&self) -> (u8, Vec<u8>) {
+    pub fn to_wire(&self) -> (IdType, Vec<u8>) {
         match self {
-            Self::Ipv4(address) => (1, address.octets().to_vec()),
-            Self::Fqdn(name) => (2, name.clone().into_bytes()),
-            Self::Rfc822(mailbox) => (3, mailbox.clone().into_bytes()),
-            Self::Ipv6(address) => (5, address.octets().to_vec()),
-            Self::KeyId(bytes) => (11, bytes.clone()),
-            Self::Other { kind, data } => (*kind, data.clone()),
+            Self::Ipv4(address) => (IdType::IPV4, address.octets().to_vec()),
+            Self::Fqdn(name) => (IdType::FQDN, name.clone().into_bytes()),
+            Self::Rfc822(mailbox) => (IdType::RFC822, mailbox.clone().into_bytes()),
+            Self::Ipv6(address) => (IdType::IPV6, address.octets().to_vec()),
+            Self::KeyId(bytes) => (IdType::KEY_ID, bytes.clone()),
+            Self::Other { kind, data } => (IdType(*kind), data.clone()),
         }
     }
 
     /// Reads an ID type and data from the wire; what does not fit its type is kept as [`Identity::Other`].
-    pub fn from_wire(kind: u8, data: &[u8]) -> Self {
+    pub fn from_wire(kind: IdType, data: &[u8]) -> Self {
         let text = || {
             std::str::from_utf8(data)
                 .ok()
@@ -55,19 +57,19 @@ impl Identity {
                 .map(str::to_owned)
         };
         match kind {
-            1 => <[u8; 4]>::try_from(data)
+            IdType::IPV4 => <[u8; 4]>::try_from(data)
                 .ok()
                 .map(|octets| Self::Ipv4(octets.into())),
-            2 => text().map(Self::Fqdn),
-            3 => text().map(Self::Rfc822),
-            5 => <[u8; 16]>::try_from(data)
+            IdType::FQDN => text().map(Self::Fqdn),
+            IdType::RFC822 => text().map(Self::Rfc822),
+            IdType::IPV6 => <[u8; 16]>::try_from(data)
                 .ok()
                 .map(|octets| Self::Ipv6(octets.into())),
-            11 => Some(Self::KeyId(data.to_vec())),
+            IdType::KEY_ID => Some(Self::KeyId(data.to_vec())),
             _ => None,
         }
         .unwrap_or_else(|| Self::Other {
-            kind,
+            kind: kind.0,
             data: data.to_vec(),
         })
     }
@@ -185,7 +187,7 @@ mod tests {
         ] {
             let identity: Identity = text.parse().unwrap();
             let (wire, data) = identity.to_wire();
-            assert_eq!(wire, kind, "{text}");
+            assert_eq!(wire, IdType(kind), "{text}");
             assert_eq!(Identity::from_wire(wire, &data), identity);
             assert_eq!(identity.to_string(), text);
         }
@@ -193,7 +195,7 @@ mod tests {
 
     #[test]
     fn bytes_that_do_not_fit_their_kind_are_kept_but_match_nothing_configured() {
-        let odd = Identity::from_wire(1, &[1, 2, 3]);
+        let odd = Identity::from_wire(IdType(1), &[1, 2, 3]);
         assert_eq!(
             odd,
             Identity::Other {
@@ -201,10 +203,10 @@ mod tests {
                 data: vec![1, 2, 3]
             }
         );
-        assert_eq!(odd.to_wire(), (1, vec![1, 2, 3]));
+        assert_eq!(odd.to_wire(), (IdType(1), vec![1, 2, 3]));
         assert_eq!(odd.to_string(), "type 1:0x010203");
         assert!(matches!(
-            Identity::from_wire(2, b"a\x1b[2J"),
+            Identity::from_wire(IdType(2), b"a\x1b[2J"),
             Identity::Other { .. }
         ));
     }

@@ -206,6 +206,20 @@ impl FromStr for EspProposal {
     }
 }
 
+/// Ciphers proposed by default.
+const DEFAULT_AEAD: &[Encryption] = &[
+    Encryption::Aes256Gcm16,
+    Encryption::ChaCha20Poly1305,
+    Encryption::Aes128Gcm16,
+];
+const DEFAULT_CBC: &[Encryption] = &[Encryption::AesCbc256, Encryption::AesCbc128];
+/// Integrity algorithms proposed by default beside [`DEFAULT_CBC`].
+const DEFAULT_INTEGRITY: &[Integrity] = &[
+    Integrity::HmacSha512,
+    Integrity::HmacSha384,
+    Integrity::HmacSha256,
+];
+
 impl IkeProposal {
     /// What is proposed where the configuration says nothing: AEAD first, then what older gateways speak.
     pub fn defaults() -> Vec<Self> {
@@ -219,23 +233,15 @@ impl IkeProposal {
         ];
         vec![
             Self {
-                encryption: vec![
-                    Encryption::Aes256Gcm16,
-                    Encryption::ChaCha20Poly1305,
-                    Encryption::Aes128Gcm16,
-                ],
+                encryption: DEFAULT_AEAD.to_vec(),
                 prf: prf.clone(),
                 integrity: Vec::new(),
                 groups: groups.clone(),
             },
             Self {
-                encryption: vec![Encryption::AesCbc256, Encryption::AesCbc128],
+                encryption: DEFAULT_CBC.to_vec(),
                 prf,
-                integrity: vec![
-                    Integrity::HmacSha512,
-                    Integrity::HmacSha384,
-                    Integrity::HmacSha256,
-                ],
+                integrity: DEFAULT_INTEGRITY.to_vec(),
                 groups: [groups, vec![Group::Modp3072, Group::Modp2048]].concat(),
             },
         ]
@@ -248,22 +254,14 @@ impl EspProposal {
         let esn = vec![Esn::Yes, Esn::No];
         vec![
             Self {
-                encryption: vec![
-                    Encryption::Aes256Gcm16,
-                    Encryption::ChaCha20Poly1305,
-                    Encryption::Aes128Gcm16,
-                ],
+                encryption: DEFAULT_AEAD.to_vec(),
                 integrity: Vec::new(),
                 groups: Vec::new(),
                 esn: esn.clone(),
             },
             Self {
-                encryption: vec![Encryption::AesCbc256, Encryption::AesCbc128],
-                integrity: vec![
-                    Integrity::HmacSha512,
-                    Integrity::HmacSha384,
-                    Integrity::HmacSha256,
-                ],
+                encryption: DEFAULT_CBC.to_vec(),
+                integrity: DEFAULT_INTEGRITY.to_vec(),
                 groups: Vec::new(),
                 esn,
             },

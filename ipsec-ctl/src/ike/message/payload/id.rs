@@ -1,7 +1,5 @@
 //! The Identification payloads (RFC 7296 section 3.5).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
 use crate::ike::message::reader::{ParseError, Reader};
 use crate::ike::message::writer::Writer;
 
@@ -53,23 +51,6 @@ impl<'a> Identification<'a> {
         w.u8(self.kind.0);
         w.bytes(&[0; 3]);
         w.bytes(self.data);
-    }
-
-    /// The address, if it is one.
-    pub fn address(&self) -> Option<IpAddr> {
-        match self.kind {
-            IdType::IPV4 => self
-                .data
-                .try_into()
-                .ok()
-                .map(|octets| Ipv4Addr::from_octets(octets).into()),
-            IdType::IPV6 => self
-                .data
-                .try_into()
-                .ok()
-                .map(|octets| Ipv6Addr::from_octets(octets).into()),
-            _ => None,
-        }
     }
 }
 
