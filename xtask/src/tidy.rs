@@ -135,8 +135,8 @@ fn imported(text: &str) -> impl Iterator<Item = &str> {
     let grouped = text.split("crate::{").skip(1).flat_map(move |rest| {
         let group = rest.split(';').next().unwrap_or_default();
         group
-            .lines()
-            .filter_map(|line| line.trim_start().split("::").next())
+            .split([',', '\n'])
+            .filter_map(|part| part.trim_start().split("::").next())
             .map(move |part| &part[..word(part)])
     });
     single.chain(grouped)
@@ -169,6 +169,10 @@ mod tests {
             (
                 "ipsec-ctl/src/dataplane/mod.rs",
                 "//! Plane.\nuse crate::{\n    ike::Identity,\n};",
+            ),
+            (
+                "ipsec-ctl/src/dataplane/mod.rs",
+                "//! Plane.\nuse crate::{esp::EspKeys, ike::Identity};",
             ),
         ] {
             assert_eq!(judge(name, text).len(), 1, "{name}");
