@@ -117,7 +117,10 @@ impl ConfigErrors {
     pub(super) fn unreadable(name: &str, cause: &io::Error) -> Self {
         Self {
             summary: format!("the configuration {name} cannot be read: {cause}"),
-            help: Some("name the file with -c FILE; README.md has one to start from".to_owned()),
+            help: Some(
+                "name a file that exists and can be read; README.md has one to start from"
+                    .to_owned(),
+            ),
             problems: Vec::new(),
         }
     }
