@@ -1,11 +1,15 @@
-//! What every part of the gateway must agree on, an XDP program included: SPIs and traffic selectors.
+//! What every part of the gateway must agree on, an XDP program included: SPIs, traffic selectors, counters and the words of an SA.
 //!
 //! Pure and allocation-free, so that the same code can run in the kernel, in userspace and in tests.
 #![cfg_attr(not(test), no_std)]
 #![warn(missing_docs)]
 
+pub mod reason;
 pub mod selector;
 pub mod spi;
+pub mod words;
 
+pub use reason::Reason;
 pub use selector::TrafficSelector;
 pub use spi::Spi;
+pub use words::SaWords;

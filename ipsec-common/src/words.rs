@@ -1,0 +1,44 @@
+//! The words that all users of one SA share: workers, slow path, the XDP program and the next process after a crash.
+//!
+//! An element of a memory-mapped BPF array, or of anonymous memory where there is no BPF. Only layout and meaning stand
+//! here; the replay window's algorithm is in [`crate::replay`], and who maps the memory is userspace's concern.
+
+use core::sync::atomic::AtomicU64;
+
+/// Words of a replay window: a ring of 8192 bits, so that a window of 4096 packets always fits beside the word that is
+/// being cleared.
+pub const REPLAY_WORDS: usize = 128;
+
+/// Shared words of one SA. All zero is an SA that has carried nothing and has no limits set yet.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct SaWords {
+    /// Outbound: the last sequence number given out. Inbound: the highest one authenticated.
+    pub sequence: AtomicU64,
+    /// Packets that AF_XDP workers carried.
+    pub fast_packets: AtomicU64,
+    /// Bytes of inner packets that AF_XDP workers carried, headers included.
+    pub fast_bytes: AtomicU64,
+    /// Packets that the slow path carried.
+    pub slow_packets: AtomicU64,
+    /// Bytes of inner packets that the slow path carried, headers included.
+    pub slow_bytes: AtomicU64,
+    /// Packets refused as replayed or too old.
+    pub replayed: AtomicU64,
+    /// Packets whose ICV was wrong.
+    pub forged: AtomicU64,
+    /// Hard limit in packets, both paths together; `u64::MAX` is none.
+    pub hard_packets: AtomicU64,
+    /// Hard limit in bytes of inner packets, both paths together; `u64::MAX` is none.
+    pub hard_bytes: AtomicU64,
+    /// Seconds of CLOCK_MONOTONIC when the SA last carried a packet, for liveness checks.
+    pub last_used: AtomicU64,
+    reserved: [AtomicU64; 6],
+    /// The replay window of an inbound SA.
+    pub replay: [AtomicU64; REPLAY_WORDS],
+}
+
+const _: () = assert!(
+    size_of::<SaWords>() == 1152,
+    "pins of this ABI hold elements of 1152 bytes"
+);
