@@ -1,8 +1,9 @@
 //! The IPsec gateway, one folder per concern.
 //!
 //! Imports between the folders point downwards in this order and never up (`cargo xtask tidy` checks it):
-//! `cli`, `config`, `ike`, `dataplane`, `esp`. `ike` and `dataplane` do not know each other.
+//! `cli`, `api`, `config`, `ike`, `dataplane`, `esp`. `ike` and `dataplane` do not know each other.
 
+pub mod api;
 pub mod cli;
 pub mod config;
 pub mod dataplane;

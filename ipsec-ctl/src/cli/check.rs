@@ -1,9 +1,8 @@
 //! `ipsec-ctl check FILE`: says whether the file can be used and how it was understood.
 
-use std::{fmt::Display, io::Write, path::PathBuf};
+use std::{fmt::Display, path::PathBuf};
 
-use miette::{Context, IntoDiagnostic};
-
+use super::print;
 use crate::config::{self, Child, Config, Peer, Tunnel};
 
 #[derive(Debug, clap::Args)]
@@ -14,10 +13,7 @@ pub(super) struct Options {
 
 pub(super) fn run(options: &Options) -> miette::Result<()> {
     let config = config::load(&options.file)?;
-    let mut out = std::io::stdout().lock();
-    out.write_all(render(&config).as_bytes())
-        .into_diagnostic()
-        .wrap_err("the result cannot be printed")
+    print(&render(&config))
 }
 
 fn render(config: &Config) -> String {

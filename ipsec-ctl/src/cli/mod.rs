@@ -2,8 +2,16 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod counters;
+mod remote;
+mod status;
+mod table;
+mod tunnel;
+
+use std::io::{self, Write};
 
 use clap::{Parser, Subcommand};
+use miette::{Context, IntoDiagnostic};
 
 /// IPsec gateway for Linux.
 #[derive(Debug, Parser)]
@@ -17,6 +25,16 @@ pub struct Cli {
 enum Command {
     /// Validate a configuration file and the key files it names; nothing is changed.
     Check(check::Options),
+    /// Show tunnels, their traffic, and what carries it.
+    Status(status::Options),
+    /// Show how many packets were dropped or slowed, by reason.
+    Counters(counters::Options),
+    /// Bring a tunnel up.
+    Up(tunnel::Options),
+    /// Take a tunnel down until it is brought up again; what it protects stays blocked.
+    Down(tunnel::Options),
+    /// Have the daemon read its configuration again; only what changed is touched.
+    Reload(tunnel::ReloadOptions),
 }
 
 /// Runs the command that was given.
@@ -27,5 +45,20 @@ enum Command {
 pub fn run(cli: Cli) -> miette::Result<()> {
     match cli.command {
         Command::Check(options) => check::run(&options),
+        Command::Status(options) => status::run(&options),
+        Command::Counters(options) => counters::run(&options),
+        Command::Up(options) => tunnel::up(&options),
+        Command::Down(options) => tunnel::down(&options),
+        Command::Reload(options) => tunnel::reload(&options),
+    }
+}
+
+/// Prints what the user asked for; a reader that has gone away, as in `status | head`, is no error.
+fn print(text: &str) -> miette::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result
+            .into_diagnostic()
+            .wrap_err("the result cannot be printed"),
     }
 }
