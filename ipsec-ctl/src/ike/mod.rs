@@ -6,5 +6,6 @@
 pub mod crypto;
 mod identity;
 pub mod message;
+pub mod rng;
 
 pub use identity::{Identity, IdentityError};

@@ -2,8 +2,10 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Encryption algorithm (transform type 1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Encryption {
     /// ENCR_AES_CBC with a 128-bit key.
     AesCbc128,
@@ -62,7 +64,7 @@ impl Encryption {
 }
 
 /// Pseudorandom function (transform type 2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Prf {
     /// PRF_HMAC_SHA2_256.
     HmacSha256,
@@ -93,7 +95,7 @@ impl Prf {
 }
 
 /// Integrity algorithm (transform type 3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Integrity {
     /// AUTH_HMAC_SHA2_256_128.
     HmacSha256,
@@ -133,7 +135,7 @@ impl Integrity {
 }
 
 /// Key exchange group (transform type 4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Group {
     /// Group 14, 2048-bit MODP (RFC 3526).
     Modp2048,
@@ -180,7 +182,7 @@ impl Group {
 }
 
 /// Sequence numbers of ESP (transform type 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Esn {
     /// 32 bits.
     No,
