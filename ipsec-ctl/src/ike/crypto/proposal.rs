@@ -4,6 +4,8 @@
 
 use std::{fmt, str::FromStr};
 
+use serde::{Deserialize, Serialize};
+
 use super::transform::{Encryption, Esn, Group, Integrity, Prf, Word, obsolete};
 
 /// One acceptable combination for an IKE SA; every list but `integrity` has at least one entry.
@@ -20,7 +22,7 @@ pub struct IkeProposal {
 }
 
 /// One acceptable combination for a CHILD SA.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EspProposal {
     /// Ciphers, either all AEAD or none.
     pub encryption: Vec<Encryption>,

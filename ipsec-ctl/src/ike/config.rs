@@ -1,0 +1,115 @@
+//! What an endpoint knows before it meets a peer. The daemon makes these values of its configuration.
+
+use std::{fmt, net::IpAddr, time::Duration};
+
+use ipsec_common::TrafficSelector;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::{
+    Identity,
+    crypto::{EspProposal, IkeProposal},
+};
+
+/// Names a configured peer; chosen by the caller and never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PeerId(pub u32);
+
+/// Names a configured child of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChildName(pub u32);
+
+/// Settings of the whole endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointConfig {
+    /// Our port for IKE, 500.
+    pub ike_port: u16,
+    /// Our port for IKE and ESP behind NAT, 4500.
+    pub nat_port: u16,
+    /// Half-open IKE SAs from which on a cookie is demanded (RFC 7296 section 2.6).
+    pub cookie_threshold: u32,
+    /// Half-open IKE SAs in all.
+    pub half_open: u32,
+    /// Half-open IKE SAs from one address.
+    pub half_open_per_source: u32,
+}
+
+/// Who starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// We do, at once and for ever.
+    Initiate,
+    /// We do, when traffic asks for it.
+    OnDemand,
+    /// The peer does.
+    Respond,
+}
+
+/// UDP encapsulation (RFC 3948).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NatPolicy {
+    /// If NAT detection finds a NAT.
+    Auto,
+    /// Always.
+    Force,
+    /// Never; NAT detection is not sent either.
+    Forbid,
+}
+
+/// One peer.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its id.
+    pub id: PeerId,
+    /// Its name in messages for people.
+    pub name: String,
+    /// Its address; none for a peer that starts from anywhere.
+    pub remote: Option<IpAddr>,
+    /// Our address; none for whatever the caller names when it starts.
+    pub local: Option<IpAddr>,
+    /// Our identity; our address if none.
+    pub local_id: Option<Identity>,
+    /// Its identity; its address if none, any if that is not known either.
+    pub remote_id: Option<Identity>,
+    /// The pre-shared key.
+    pub psk: Zeroizing<Vec<u8>>,
+    /// Who starts.
+    pub role: Role,
+    /// Acceptable algorithms in order of preference.
+    pub proposals: Vec<IkeProposal>,
+    /// UDP encapsulation.
+    pub nat: NatPolicy,
+    /// Interval of NAT keep-alives.
+    pub keepalive: Duration,
+    /// Silence after which a peer that we send to is asked whether it lives; zero is never.
+    pub dpd_interval: Duration,
+    /// Time after which an unanswered request means that the peer is dead.
+    pub dpd_timeout: Duration,
+    /// Lifetime of the IKE SA.
+    pub lifetime: Duration,
+    /// Its children, the first of which comes with IKE_AUTH.
+    pub children: Vec<ChildConfig>,
+}
+
+impl fmt::Debug for PeerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PeerConfig({}, {})", self.id.0, self.name)
+    }
+}
+
+/// One child of a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChildConfig {
+    /// Its id within the peer.
+    pub id: ChildName,
+    /// Its name in messages for people.
+    pub name: String,
+    /// Our side.
+    pub local: Vec<TrafficSelector>,
+    /// The peer's side.
+    pub remote: Vec<TrafficSelector>,
+    /// Acceptable algorithms in order of preference.
+    pub proposals: Vec<EspProposal>,
+    /// Lifetime of its SAs.
+    pub lifetime: Duration,
+}

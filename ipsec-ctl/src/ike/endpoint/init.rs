@@ -1,0 +1,213 @@
+//! IKE_SA_INIT requests: cheap to send, so they are judged before anything is remembered (RFC 7296 sections 2.6, 2.7).
+
+use std::net::SocketAddr;
+
+use super::{Endpoint, Refusal};
+use crate::ike::{
+    config::{NatPolicy, PeerConfig},
+    crypto::IkeProposal,
+    event::{FailureReason, Stage, Transmit},
+    exchange::InitRequest,
+    message::{
+        ExchangeType, Flags, Header, IkeSpi, Message, MessageId, Payload, PayloadType,
+        payload::{Notify, NotifyType},
+    },
+    negotiate::proposals,
+    sa::{Accept, IkeSa, State},
+    time::Time,
+};
+
+impl Endpoint {
+    pub(super) fn init_request(
+        &mut self,
+        now: Time,
+        local: SocketAddr,
+        remote: SocketAddr,
+        bytes: &[u8],
+        message: Message<'_>,
+    ) {
+        let Header {
+            spi_i,
+            spi_r,
+            message_id,
+            ..
+        } = message.header;
+        if spi_i == IkeSpi(0) || spi_r != IkeSpi(0) || message_id != MessageId(0) {
+            return self.shared.refuse(Refusal::Malformed);
+        }
+        if let Some(id) = self.by_init.get(&(remote, spi_i)).copied() {
+            return self.repeated_init(now, id, bytes);
+        }
+        let Ok(request) = InitRequest::sort(message.payloads) else {
+            return self.shared.refuse(Refusal::Malformed);
+        };
+        if !self.is_welcome(now, local, remote, spi_i, &request) {
+            return;
+        }
+        let reply = |kind, data: &[u8]| notify(local, remote, spi_i, kind, data);
+        let peers: Vec<PeerConfig> = self.shared.peers_at(remote.ip()).cloned().collect();
+        if peers.is_empty() {
+            let detail = format!("it offers {}", proposals::describe(&request.sa));
+            self.shared.fail(
+                None,
+                remote,
+                Stage::Init,
+                FailureReason::UnknownPeer,
+                detail,
+            );
+            return self
+                .shared
+                .transmits
+                .extend(reply(NotifyType::NO_PROPOSAL_CHOSEN, &[]));
+        }
+        let chosen = peers.iter().find_map(|peer| {
+            proposals::choose_ike(&peer.proposals, &request.sa, Some(request.ke.method.0))
+        });
+        let Some((suite, number)) = chosen else {
+            self.refuse_offer(remote, &peers, &request);
+            return self
+                .shared
+                .transmits
+                .extend(reply(NotifyType::NO_PROPOSAL_CHOSEN, &[]));
+        };
+        if suite.group.id() != request.ke.method.0 {
+            let wanted = suite.group.id().to_be_bytes();
+            return self
+                .shared
+                .transmits
+                .extend(reply(NotifyType::INVALID_KE_PAYLOAD, &wanted));
+        }
+        let nat = if peers.iter().all(|peer| peer.nat == NatPolicy::Forbid) {
+            NatPolicy::Forbid
+        } else {
+            NatPolicy::Auto
+        };
+        let accept = Accept {
+            id: self.next_id(),
+            local,
+            remote,
+            spi_i,
+            spi_r: self.new_spi(),
+            suite,
+            number,
+            nat,
+            bytes,
+            request: &request,
+        };
+        let sa = IkeSa::accept(&mut self.shared, now, &accept);
+        self.insert(sa);
+    }
+
+    /// A repeated request gets the same response again, if there is one already.
+    fn repeated_init(&mut self, now: Time, id: crate::ike::event::IkeSaId, bytes: &[u8]) {
+        if let Some(sa) = self.sas.get_mut(&id)
+            && sa.init_request == bytes
+            && sa.state == State::AwaitAuth
+        {
+            sa.repeat_init_response(&mut self.shared, now);
+        }
+    }
+
+    /// Whether there is room for another half-open IKE SA, and whether the initiator is where it says.
+    fn is_welcome(
+        &mut self,
+        now: Time,
+        local: SocketAddr,
+        remote: SocketAddr,
+        spi_i: IkeSpi,
+        request: &InitRequest<'_>,
+    ) -> bool {
+        let (mut all, mut same) = (0, 0);
+        for sa in self.sas.values().filter(|sa| sa.is_half_open()) {
+            all += 1;
+            same += u32::from(sa.remote.ip() == remote.ip());
+        }
+        let config = &self.shared.config;
+        if all >= config.half_open || same >= config.half_open_per_source {
+            self.shared.refuse(Refusal::TooManyHalfOpen);
+            return false;
+        }
+        if all < config.cookie_threshold {
+            return true;
+        }
+        let nonce = request.nonce.bytes();
+        let random = &mut *self.shared.random;
+        let good = request
+            .notifies
+            .find(NotifyType::COOKIE)
+            .is_some_and(|cookie| {
+                self.cookies
+                    .is_good(random, now, (remote, spi_i, nonce), cookie.data)
+            });
+        if !good {
+            let cookie = self.cookies.issue(random, now, remote, spi_i, nonce);
+            self.shared
+                .transmits
+                .extend(notify(local, remote, spi_i, NotifyType::COOKIE, &cookie));
+            self.shared.refuse(Refusal::CookieDemanded);
+        }
+        good
+    }
+
+    /// Tells the operator what was offered and what comes nearest to it.
+    fn refuse_offer(
+        &mut self,
+        remote: SocketAddr,
+        peers: &[PeerConfig],
+        request: &InitRequest<'_>,
+    ) {
+        let ours: Vec<IkeProposal> = peers
+            .iter()
+            .flat_map(|peer| peer.proposals.clone())
+            .collect();
+        let policy: Vec<String> = ours.iter().map(ToString::to_string).collect();
+        let detail = format!(
+            "the peer offers {}; here are {}; {}",
+            proposals::describe(&request.sa),
+            policy.join(", "),
+            proposals::nearest_ike(&ours, &request.sa)
+        );
+        let peer = match peers {
+            [only] => Some(only.id),
+            _ => None,
+        };
+        self.shared.fail(
+            peer,
+            remote,
+            Stage::Init,
+            FailureReason::WeRefusedProposals,
+            detail,
+        );
+    }
+}
+
+/// A response without state: the responder's SPI stays zero.
+fn notify(
+    local: SocketAddr,
+    remote: SocketAddr,
+    spi_i: IkeSpi,
+    kind: NotifyType,
+    data: &[u8],
+) -> Option<Transmit> {
+    let message = Message {
+        header: Header {
+            spi_i,
+            spi_r: IkeSpi(0),
+            first: PayloadType::NONE,
+            minor: 0,
+            exchange: ExchangeType::IKE_SA_INIT,
+            flags: Flags {
+                initiator: false,
+                version: false,
+                response: true,
+            },
+            message_id: MessageId(0),
+        },
+        payloads: vec![Payload::Notify(Notify::new(kind, data))],
+    };
+    message.emit().ok().map(|bytes| Transmit {
+        local,
+        remote,
+        bytes,
+    })
+}

@@ -1,0 +1,402 @@
+//! All IKE SAs of a gateway: which one a datagram belongs to, which are too many, which one replaces which.
+//!
+//! The caller feeds datagrams, commands, results and the time, and after each call drains what there is to do: first
+//! **all events**, for an SA must be installed before the peer can use it, then transmits and jobs, then the timeout.
+
+mod cookie;
+mod init;
+mod shared;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    time::Duration,
+};
+
+pub use shared::Refusal;
+pub(super) use shared::{NAT_PORT, Shared, nat_hash};
+
+use self::cookie::Cookies;
+use super::{
+    config::{EndpointConfig, PeerId, Role},
+    event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
+    job::{Job, JobResult},
+    message::{ExchangeType, IkeSpi, Message},
+    rng::Random,
+    sa::{Closed, FollowUp, IkeSa, Start, State},
+    time::Time,
+};
+
+/// Time for which an IKE SA that was replaced still receives. The side that started the exchange deletes it; the other
+/// waits longer and does so only if that side does not.
+fn grace(first: bool) -> Duration {
+    Duration::from_secs(if first { 2 } else { 10 })
+}
+
+/// The endpoint.
+pub struct Endpoint {
+    shared: Shared,
+    sas: BTreeMap<IkeSaId, IkeSa>,
+    by_spi: HashMap<IkeSpi, IkeSaId>,
+    /// Half-open IKE SAs by the peer's address, port and SPI, to know a repeated IKE_SA_INIT.
+    by_init: HashMap<(SocketAddr, IkeSpi), IkeSaId>,
+    cookies: Cookies,
+    next_sa: u64,
+}
+
+impl Endpoint {
+    /// An endpoint without peers.
+    pub fn new(config: EndpointConfig, random: Box<dyn Random + Send>) -> Self {
+        let mut shared = Shared::new(config, random);
+        let cookies = Cookies::new(&mut *shared.random);
+        Self {
+            shared,
+            sas: BTreeMap::new(),
+            by_spi: HashMap::new(),
+            by_init: HashMap::new(),
+            cookies,
+            next_sa: 1,
+        }
+    }
+
+    /// Takes a datagram that came from `remote` to `local`, without the non-ESP marker.
+    pub fn handle_datagram(
+        &mut self,
+        now: Time,
+        local: SocketAddr,
+        remote: SocketAddr,
+        bytes: &[u8],
+    ) {
+        let message = match Message::parse(bytes) {
+            Ok(message) => message,
+            Err(_) => return self.shared.refuse(Refusal::Malformed),
+        };
+        let header = message.header;
+        if header.exchange == ExchangeType::IKE_SA_INIT
+            && !header.flags.response
+            && header.flags.initiator
+        {
+            self.init_request(now, local, remote, bytes, message);
+            return self.settle(now);
+        }
+        let ours = if header.flags.initiator {
+            header.spi_r
+        } else {
+            header.spi_i
+        };
+        let Some(id) = self.by_spi.get(&ours).copied() else {
+            return self.shared.refuse(Refusal::UnknownSpi);
+        };
+        if let Some(sa) = self.sas.get_mut(&id) {
+            let peers = if header.flags.initiator {
+                header.spi_i
+            } else {
+                header.spi_r
+            };
+            let known = if sa.initiator { sa.spi_r } else { sa.spi_i };
+            // The responder's SPI is not known before its first response.
+            if known == peers || (known == IkeSpi(0) && sa.state == State::InitSent) {
+                sa.handle_message(&mut self.shared, now, (local, remote), bytes, &message);
+            } else {
+                self.shared.refuse(Refusal::UnknownSpi);
+            }
+        }
+        self.settle(now);
+    }
+
+    /// Takes the result of a job.
+    pub fn handle_job(&mut self, now: Time, result: JobResult) {
+        if let Some(sa) = self.sas.get_mut(&result.ike) {
+            sa.handle_job(&mut self.shared, now, result);
+        }
+        self.settle(now);
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Time) {
+        for sa in self.sas.values_mut() {
+            if sa.next_timeout(&self.shared).is_some_and(|at| at <= now) {
+                sa.handle_timeout(&mut self.shared, now);
+            }
+        }
+        for (peer, local) in self.shared.due_attempts(now) {
+            self.start(now, peer, local);
+        }
+        self.settle(now);
+    }
+
+    /// When [`Self::handle_timeout`] is to be called next.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.sas
+            .values()
+            .filter_map(|sa| sa.next_timeout(&self.shared))
+            .chain(self.shared.next_attempt())
+            .min()
+    }
+
+    /// The next thing that the caller should know. Drained before [`Self::poll_transmit`].
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.shared.events.pop_front()
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.shared.transmits.pop_front()
+    }
+
+    /// The next job to compute.
+    pub fn poll_job(&mut self) -> Option<Job> {
+        self.shared.jobs.pop_front()
+    }
+
+    /// Datagrams refused so far, by reason.
+    pub fn refusals(&self) -> impl Iterator<Item = (Refusal, u64)> {
+        self.shared.refusals()
+    }
+
+    /// All authenticated IKE SAs.
+    pub fn established(&self) -> impl Iterator<Item = (IkeSaId, PeerId, IkeInfo)> {
+        self.sas
+            .values()
+            .filter_map(|sa| Some((sa.id, sa.peer?, sa.info()?)))
+    }
+
+    /// Whether an IKE SA with the peer is under way but not authenticated yet.
+    pub fn is_connecting(&self, peer: PeerId) -> bool {
+        self.sas
+            .values()
+            .any(|sa| sa.peer == Some(peer) && sa.established.is_none())
+    }
+
+    /// Number of half-open IKE SAs.
+    pub fn half_open(&self) -> usize {
+        self.sas.values().filter(|sa| sa.is_half_open()).count()
+    }
+
+    /// Number of IKE SAs in whatever state.
+    pub fn len(&self) -> usize {
+        self.sas.len()
+    }
+
+    /// Whether there is no IKE SA at all.
+    pub fn is_empty(&self) -> bool {
+        self.sas.is_empty()
+    }
+
+    /// Does what the caller wants.
+    pub fn handle_command(&mut self, now: Time, command: Command) {
+        match command {
+            Command::SetPeer(config) => self.shared.set_peer(*config),
+            Command::RemovePeer(peer) => {
+                self.delete_all(now, peer, DownReason::Operator);
+                self.shared.remove_peer(peer);
+            }
+            Command::Up(peer, local) => self.up(now, peer, local),
+            Command::Down(peer) => {
+                self.shared.want(peer, None);
+                self.delete_all(now, peer, DownReason::Operator);
+            }
+            Command::Acquire(peer, child, local) => self.acquire(now, peer, child, local),
+            Command::Traffic {
+                sa,
+                inbound,
+                outbound,
+            } => self.with_child(sa, |ike, shared| {
+                ike.traffic(shared, now, sa, inbound, outbound);
+            }),
+            Command::Expiring(sa) => self.with_child(sa, |ike, shared| {
+                ike.volume_reached(shared, now, sa, false);
+            }),
+            Command::Expired(sa) => self.with_child(sa, |ike, shared| {
+                ike.volume_reached(shared, now, sa, true);
+            }),
+            Command::PeerMoved(sa, remote) => {
+                self.with_child(sa, |ike, shared| ike.peer_moved(shared, remote));
+            }
+            Command::Shutdown => self.shutdown(now),
+        }
+        self.settle(now);
+    }
+
+    fn with_child(&mut self, sa: ChildSaId, act: impl FnOnce(&mut IkeSa, &mut Shared)) {
+        if let Some(ike) = self.sas.values_mut().find(|ike| ike.has_sa(sa)) {
+            act(ike, &mut self.shared);
+        }
+    }
+
+    fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
+        self.shared.want(peer, Some(local));
+        if !self.has_ike_sa(peer) {
+            self.start(now, peer, local);
+        }
+    }
+
+    fn acquire(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        child: super::config::ChildName,
+        local: SocketAddr,
+    ) {
+        let up = self
+            .sas
+            .values_mut()
+            .find(|sa| sa.peer == Some(peer) && sa.state == State::Up);
+        match up {
+            Some(sa) => sa.acquire(&mut self.shared, now, child),
+            None => {
+                if !self.has_ike_sa(peer) && !self.shared.is_backing_off(peer, now) {
+                    self.start(now, peer, local);
+                }
+            }
+        }
+    }
+
+    fn has_ike_sa(&self, peer: PeerId) -> bool {
+        self.sas
+            .values()
+            .any(|sa| sa.peer == Some(peer) && !matches!(sa.state, State::Deleting | State::Closed))
+    }
+
+    fn delete_all(&mut self, now: Time, peer: PeerId, reason: DownReason) {
+        for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
+            sa.delete(&mut self.shared, now, reason);
+        }
+    }
+
+    fn shutdown(&mut self, now: Time) {
+        self.shared.want_nothing();
+        for sa in self.sas.values_mut() {
+            sa.delete(&mut self.shared, now, DownReason::Operator);
+        }
+    }
+
+    /// Begins an IKE SA with a configured peer, if its address is known.
+    fn start(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
+        let Some(config) = self.shared.peer(peer).cloned() else {
+            return;
+        };
+        let Some(remote) = config.remote else { return };
+        let start = Start {
+            id: self.next_id(),
+            local,
+            remote: SocketAddr::new(remote, shared::IKE_PORT),
+            spi: self.new_spi(),
+        };
+        let sa = IkeSa::start(&mut self.shared, now, &config, &start);
+        self.insert(sa);
+    }
+
+    fn insert(&mut self, sa: IkeSa) {
+        self.by_spi.insert(sa.our_spi(), sa.id);
+        if !sa.initiator {
+            self.by_init.insert((sa.remote, sa.spi_i), sa.id);
+        }
+        self.sas.insert(sa.id, sa);
+    }
+
+    fn next_id(&mut self) -> IkeSaId {
+        let id = IkeSaId(self.next_sa);
+        self.next_sa += 1;
+        id
+    }
+
+    /// An SPI of ours that is not in use. RFC 7296 section 3.1: it must not be zero.
+    fn new_spi(&mut self) -> IkeSpi {
+        loop {
+            let spi = IkeSpi(self.shared.random.number());
+            if spi != IkeSpi(0) && !self.by_spi.contains_key(&spi) {
+                return spi;
+            }
+        }
+    }
+
+    /// Sees to what concerns several IKE SAs, and forgets those that are over.
+    fn settle(&mut self, now: Time) {
+        while let Some(follow_up) = self.shared.follow_ups.pop_front() {
+            match follow_up {
+                FollowUp::Authenticated {
+                    ike,
+                    peer,
+                    initial_contact,
+                } => self.authenticated(now, ike, peer, initial_contact),
+                FollowUp::Closed { peer, why } => self.closed(now, peer, why),
+                FollowUp::Replace(peer) => self.replace(now, peer),
+            }
+        }
+        let over: Vec<IkeSaId> = self
+            .sas
+            .values()
+            .filter(|sa| sa.state == State::Closed)
+            .map(|sa| sa.id)
+            .collect();
+        for id in over {
+            if let Some(sa) = self.sas.remove(&id) {
+                self.by_spi.remove(&sa.our_spi());
+                self.by_init.retain(|_, known| *known != id);
+            }
+        }
+    }
+
+    /// One IKE SA for each peer: the new one takes the place of the others.
+    // RFC 7296 section 2.4: INITIAL_CONTACT says that the peer knows of no other, so those end without a word.
+    fn authenticated(&mut self, now: Time, ike: IkeSaId, peer: PeerId, initial_contact: bool) {
+        self.shared.attempt_succeeded(peer);
+        self.by_init.retain(|_, known| *known != ike);
+        let Some(newest) = self.sas.get(&ike) else {
+            return;
+        };
+        let (ours, nonce) = (newest.initiator, newest.lowest_nonce().to_vec());
+        let mut yields = false;
+        for other in self.sas.values_mut() {
+            if other.id == ike || other.peer != Some(peer) || other.state != State::Up {
+                continue;
+            }
+            if initial_contact {
+                other.close(&mut self.shared, DownReason::InitialContact, Closed::Wanted);
+            } else if other.initiator != ours && other.is_as_young(now) {
+                // Both sides have started at once. Both know both pairs of nonces, so both let the same one go.
+                if other.lowest_nonce() < nonce.as_slice() {
+                    other.retire(now + grace(other.initiator));
+                } else {
+                    yields = true;
+                }
+            } else {
+                other.retire(now + grace(ours));
+            }
+        }
+        if yields && let Some(newest) = self.sas.get_mut(&ike) {
+            newest.retire(now + grace(ours));
+        }
+    }
+
+    fn closed(&mut self, now: Time, peer: Option<PeerId>, why: Closed) {
+        let Some(peer) = peer else { return };
+        let alone = !self.has_ike_sa(peer);
+        match why {
+            Closed::Wanted if self.shared.role(peer) != Some(Role::Initiate) => {}
+            Closed::Wanted | Closed::Lost if alone => self.shared.try_again(peer, now, false),
+            Closed::Failed if alone => self.shared.try_again(peer, now, true),
+            Closed::Failed => {
+                let pause = self.shared.back_off(peer);
+                for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
+                    sa.not_replaced(now, pause);
+                }
+            }
+            Closed::Wanted | Closed::Lost => {}
+        }
+    }
+
+    /// Begins a fresh IKE SA beside one that is near its end.
+    fn replace(&mut self, now: Time, peer: PeerId) {
+        let under_way = self.is_connecting(peer);
+        let local = self
+            .sas
+            .values()
+            .find(|sa| sa.peer == Some(peer) && sa.state == State::Up)
+            .map(|sa| SocketAddr::new(sa.local.ip(), self.shared.config.ike_port));
+        if let (Some(local), false) = (local, under_way) {
+            self.start(now, peer, local);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! What all IKE SAs share: configuration, randomness, SPIs of ESP, attempts, and what there is to do.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use ring::digest;
+
+use crate::ike::{
+    config::{ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
+    event::{ChildSaId, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp, Stage, Transmit},
+    job::{Job, JobId},
+    message::IkeSpi,
+    rng::Random,
+    sa::FollowUp,
+    time::Time,
+};
+
+/// Port of a peer for IKE (RFC 7296 section 2).
+pub(super) const IKE_PORT: u16 = 500;
+/// Port of a peer for IKE and ESP behind NAT (RFC 7296 section 2.23).
+pub(in crate::ike) const NAT_PORT: u16 = 4500;
+/// SPIs below are reserved (RFC 4303 section 2.1).
+const FIRST_SPI: u32 = 256;
+/// First interval between two transmissions of a request.
+const FIRST_PAUSE: Duration = Duration::from_millis(800);
+/// Longest interval between two transmissions of a request.
+const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+/// First pause after an attempt that failed.
+const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
+/// Longest pause after an attempt that failed.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(60);
+
+/// Why a datagram was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Refusal {
+    /// It is no IKE message.
+    Malformed,
+    /// Its SPIs name no IKE SA.
+    UnknownSpi,
+    /// It claims to come from our side.
+    WrongSide,
+    /// It should be encrypted.
+    NotEncrypted,
+    /// There are no keys yet.
+    TooEarly,
+    /// It is forged or damaged.
+    NotAuthentic,
+    /// Its message ID is not the next one.
+    OutOfWindow,
+    /// There are too many half-open IKE SAs.
+    TooManyHalfOpen,
+    /// It lacks the cookie that is demanded under load.
+    CookieDemanded,
+}
+
+struct Peer {
+    config: PeerConfig,
+    /// Our address towards the peer while the peer is wanted up.
+    wanted: Option<SocketAddr>,
+    failures: u32,
+    again_at: Option<Time>,
+    /// Whether an IKE SA with it has been up before.
+    met: bool,
+}
+
+/// What all IKE SAs share.
+pub(in crate::ike) struct Shared {
+    pub(in crate::ike) config: EndpointConfig,
+    pub(in crate::ike) random: Box<dyn Random + Send>,
+    pub(in crate::ike) transmits: VecDeque<Transmit>,
+    pub(in crate::ike) events: VecDeque<Event>,
+    pub(in crate::ike) jobs: VecDeque<Job>,
+    pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
+    peers: BTreeMap<PeerId, Peer>,
+    spis: BTreeSet<u32>,
+    refusals: BTreeMap<Refusal, u64>,
+    next_job: u64,
+    next_child: u64,
+}
+
+impl Shared {
+    pub(super) fn new(config: EndpointConfig, random: Box<dyn Random + Send>) -> Self {
+        Self {
+            config,
+            random,
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+            jobs: VecDeque::new(),
+            follow_ups: VecDeque::new(),
+            peers: BTreeMap::new(),
+            spis: BTreeSet::new(),
+            refusals: BTreeMap::new(),
+            next_job: 1,
+            next_child: 1,
+        }
+    }
+
+    pub(in crate::ike) fn random_bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.random.fill(&mut bytes);
+        bytes
+    }
+
+    /// A fraction of `span` between 0 and a quarter, so that a thousand tunnels do not act as one.
+    fn jitter(&mut self, span: Duration) -> Duration {
+        let quarter = span / 4;
+        let steps = u32::try_from(self.random.number() % 1024).unwrap_or(0);
+        quarter * steps / 1024
+    }
+
+    /// The pause before the transmission after the given one: it grows by half and has jitter.
+    pub(in crate::ike) fn retransmission(&mut self, attempt: u32) -> Duration {
+        let pause = (0..attempt.min(16))
+            .fold(FIRST_PAUSE, |pause, _| pause * 3 / 2)
+            .min(LONGEST_PAUSE);
+        pause + self.jitter(pause)
+    }
+
+    /// Time after which an SA should be replaced. The side that started it goes first, so that rarely both do.
+    pub(in crate::ike) fn soft(&mut self, lifetime: Duration, first: bool) -> Duration {
+        let percent = if first { 85 } else { 93 };
+        lifetime * percent / 100 + self.jitter(lifetime / 5)
+    }
+
+    pub(in crate::ike) fn next_job(&mut self) -> JobId {
+        let id = JobId(self.next_job);
+        self.next_job += 1;
+        id
+    }
+
+    pub(in crate::ike) fn next_child(&mut self) -> ChildSaId {
+        let id = ChildSaId(self.next_child);
+        self.next_child += 1;
+        id
+    }
+
+    /// An inbound SPI that no other SA of ours has.
+    pub(in crate::ike) fn allocate_spi(&mut self) -> u32 {
+        loop {
+            let mut bytes = [0; 4];
+            self.random.fill(&mut bytes);
+            let spi = u32::from_be_bytes(bytes);
+            if spi >= FIRST_SPI && self.spis.insert(spi) {
+                return spi;
+            }
+        }
+    }
+
+    /// Gives an SPI back.
+    pub(in crate::ike) fn release_pending(&mut self, spi: Option<u32>) {
+        if let Some(spi) = spi {
+            self.spis.remove(&spi);
+        }
+    }
+
+    pub(in crate::ike) fn refuse(&mut self, refusal: Refusal) {
+        *self.refusals.entry(refusal).or_default() += 1;
+    }
+
+    pub(super) fn refusals(&self) -> impl Iterator<Item = (Refusal, u64)> {
+        self.refusals
+            .iter()
+            .map(|(refusal, count)| (*refusal, *count))
+    }
+
+    pub(in crate::ike) fn announce(&mut self, peer: PeerId, ike: IkeSaId, info: IkeInfo) {
+        self.events
+            .push_back(Event::IkeUp(Box::new(IkeUp { peer, ike, info })));
+    }
+
+    pub(in crate::ike) fn fail(
+        &mut self,
+        peer: Option<PeerId>,
+        remote: SocketAddr,
+        stage: Stage,
+        reason: FailureReason,
+        detail: String,
+    ) {
+        self.events.push_back(Event::Failed(Box::new(Failure {
+            peer,
+            remote,
+            stage,
+            reason,
+            detail,
+        })));
+    }
+
+    pub(super) fn set_peer(&mut self, config: PeerConfig) {
+        match self.peers.get_mut(&config.id) {
+            Some(peer) => peer.config = config,
+            None => {
+                self.peers.insert(
+                    config.id,
+                    Peer {
+                        config,
+                        wanted: None,
+                        failures: 0,
+                        again_at: None,
+                        met: false,
+                    },
+                );
+            }
+        }
+    }
+
+    pub(super) fn remove_peer(&mut self, peer: PeerId) {
+        self.peers.remove(&peer);
+    }
+
+    pub(in crate::ike) fn peer(&self, peer: PeerId) -> Option<&PeerConfig> {
+        self.peers.get(&peer).map(|peer| &peer.config)
+    }
+
+    pub(super) fn role(&self, peer: PeerId) -> Option<Role> {
+        self.peer(peer).map(|peer| peer.role)
+    }
+
+    /// Peers that may be at an address: those that are configured with it, else those that may be anywhere.
+    pub(in crate::ike) fn peers_at(&self, address: IpAddr) -> impl Iterator<Item = &PeerConfig> {
+        let exact = self
+            .peers
+            .values()
+            .any(|peer| peer.config.remote == Some(address));
+        self.peers
+            .values()
+            .map(|peer| &peer.config)
+            .filter(move |peer| peer.remote == Some(address) || (peer.remote.is_none() && !exact))
+    }
+
+    pub(in crate::ike) fn nat_policy(&self, peer: Option<PeerId>) -> NatPolicy {
+        peer.and_then(|peer| self.peer(peer))
+            .map_or(NatPolicy::Auto, |peer| peer.nat)
+    }
+
+    /// Whether encapsulation is forced on whoever is at an address.
+    pub(in crate::ike) fn forces_nat(&self, address: IpAddr) -> bool {
+        let mut peers = self.peers_at(address).peekable();
+        peers.peek().is_some() && peers.all(|peer| peer.nat == NatPolicy::Force)
+    }
+
+    pub(in crate::ike) fn child_lifetime(&self, peer: PeerId, child: ChildName) -> Duration {
+        self.peer(peer)
+            .and_then(|peer| peer.children.iter().find(|config| config.id == child))
+            .map_or(Duration::from_secs(3600), |config| config.lifetime)
+    }
+
+    /// Whether the peer may think that we still have IKE SAs from a former life.
+    pub(in crate::ike) fn is_first_contact(&self, peer: PeerId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| !peer.met)
+    }
+
+    /// Wants a peer up, from our address, or not any more.
+    pub(super) fn want(&mut self, peer: PeerId, local: Option<SocketAddr>) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.wanted = local;
+            peer.failures = 0;
+            peer.again_at = None;
+        }
+    }
+
+    pub(super) fn want_nothing(&mut self) {
+        for peer in self.peers.values_mut() {
+            peer.wanted = None;
+            peer.again_at = None;
+        }
+    }
+
+    pub(super) fn attempt_succeeded(&mut self, peer: PeerId) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.failures = 0;
+            peer.again_at = None;
+            peer.met = true;
+        }
+    }
+
+    /// The pause before the next attempt: it doubles with each failure.
+    pub(super) fn back_off(&mut self, peer: PeerId) -> Duration {
+        let failures = self.peers.get(&peer).map_or(0, |peer| peer.failures);
+        let pause = (FIRST_BACK_OFF * 2_u32.saturating_pow(failures.min(8))).min(LONGEST_BACK_OFF);
+        pause + self.jitter(pause)
+    }
+
+    /// Plans the next attempt of a peer that is wanted up.
+    pub(super) fn try_again(&mut self, id: PeerId, now: Time, failed: bool) {
+        let pause = self.back_off(id);
+        if let Some(peer) = self.peers.get_mut(&id) {
+            if failed {
+                peer.failures = peer.failures.saturating_add(1);
+            }
+            if peer.wanted.is_some() || failed {
+                peer.again_at = Some(now + pause);
+            }
+        }
+    }
+
+    /// Whether an attempt has failed so recently that traffic must not cause another.
+    pub(super) fn is_backing_off(&self, peer: PeerId, now: Time) -> bool {
+        self.peers
+            .get(&peer)
+            .and_then(|peer| peer.again_at)
+            .is_some_and(|at| at > now)
+    }
+
+    pub(super) fn next_attempt(&self) -> Option<Time> {
+        self.peers
+            .values()
+            .filter(|peer| peer.wanted.is_some())
+            .filter_map(|peer| peer.again_at)
+            .min()
+    }
+
+    /// Peers whose next attempt is due.
+    pub(super) fn due_attempts(&mut self, now: Time) -> Vec<(PeerId, SocketAddr)> {
+        self.peers
+            .iter_mut()
+            .filter(|(_, peer)| peer.again_at.is_some_and(|at| at <= now))
+            .filter_map(|(id, peer)| {
+                peer.again_at = None;
+                Some((*id, peer.wanted?))
+            })
+            .collect()
+    }
+}
+
+/// The hash of NAT detection.
+// RFC 7296 section 2.23: SHA-1 of the SPIs, the address and the port. It protects nothing, so SHA-1 does no harm.
+pub(in crate::ike) fn nat_hash(spi_i: IkeSpi, spi_r: IkeSpi, address: SocketAddr) -> [u8; 20] {
+    let mut context = digest::Context::new(&digest::SHA1_FOR_LEGACY_USE_ONLY);
+    context.update(&spi_i.0.to_be_bytes());
+    context.update(&spi_r.0.to_be_bytes());
+    match address.ip() {
+        IpAddr::V4(address) => context.update(&address.octets()),
+        IpAddr::V6(address) => context.update(&address.octets()),
+    }
+    context.update(&address.port().to_be_bytes());
+    let mut hash = [0; 20];
+    for (to, from) in hash.iter_mut().zip(context.finish().as_ref()) {
+        *to = *from;
+    }
+    hash
+}

@@ -1,0 +1,228 @@
+//! Children that the peer asks for: judged, refused, or agreed on (RFC 7296 sections 1.3.1 and 2.9).
+
+use ipsec_common::TrafficSelector;
+
+use super::{Agreed, ChildAnswer, ChildJob};
+use crate::ike::{
+    config::ChildConfig,
+    crypto::{ke::PrivateKey, keys::Nonces},
+    endpoint::Shared,
+    event::{FailureReason, Stage},
+    exchange::{ChildOffer, ChildRequest},
+    message::{
+        ExchangeType, Payload,
+        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
+    },
+    negotiate::{
+        proposals::{self, ChildChoice},
+        selectors,
+    },
+    sa::{IkeSa, initiate::NONCE_BYTES},
+    time::Time,
+};
+
+/// An offer of the peer that we can accept.
+struct Judged {
+    child: ChildConfig,
+    choice: ChildChoice,
+    local: Vec<TrafficSelector>,
+    remote: Vec<TrafficSelector>,
+    narrowed: bool,
+}
+
+/// How a child is refused.
+type ChildRefusal = (NotifyType, Vec<u8>);
+
+impl IkeSa {
+    /// Looks for a configured child that fits an offer; a refusal is told to the operator at once.
+    fn judge_child(
+        &self,
+        shared: &mut Shared,
+        offer: &ChildOffer<'_>,
+        first: bool,
+    ) -> Result<Judged, ChildRefusal> {
+        let Some(peer) = self.peer_config(shared).cloned() else {
+            return Err((NotifyType::NO_ADDITIONAL_SAS, Vec::new()));
+        };
+        let remote: Vec<_> = offer.ts_i.known().collect();
+        let local: Vec<_> = offer.ts_r.known().collect();
+        let Some(narrowed) = selectors::choose(&peer.children, &local, &remote) else {
+            let policy: Vec<String> = peer
+                .children
+                .iter()
+                .map(|child| {
+                    format!(
+                        "{}: {} <-> {}",
+                        child.name,
+                        selectors::describe(&child.local),
+                        selectors::describe(&child.remote)
+                    )
+                })
+                .collect();
+            let detail = format!(
+                "the peer wants {} <-> {}, here are {}",
+                selectors::describe(&local),
+                selectors::describe(&remote),
+                policy.join("; ")
+            );
+            self.fail(
+                shared,
+                Stage::Child,
+                FailureReason::WeRefusedSelectors,
+                detail,
+            );
+            return Err((NotifyType::TS_UNACCEPTABLE, Vec::new()));
+        };
+        let child = narrowed.child.clone();
+        let Some(choice) = proposals::choose_child(&child.proposals, &offer.sa, first) else {
+            let detail = format!(
+                "child {}: the peer offers {}; {}",
+                child.name,
+                proposals::describe(&offer.sa),
+                proposals::nearest_child(&child.proposals, &offer.sa, first)
+            );
+            self.fail(
+                shared,
+                Stage::Child,
+                FailureReason::WeRefusedProposals,
+                detail,
+            );
+            return Err((NotifyType::NO_PROPOSAL_CHOSEN, Vec::new()));
+        };
+        let whole = selectors::all_covered(&narrowed.local, &local)
+            && selectors::all_covered(&narrowed.remote, &remote);
+        Ok(Judged {
+            choice,
+            narrowed: !whole,
+            local: narrowed.local,
+            remote: narrowed.remote,
+            child,
+        })
+    }
+
+    /// Answers the child that came with IKE_AUTH; its keys come from the nonces of IKE_SA_INIT.
+    pub(in crate::ike::sa) fn accept_first_child(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        offer: &ChildOffer<'_>,
+    ) -> ChildAnswer {
+        let judged = match self.judge_child(shared, offer, true) {
+            Ok(judged) => judged,
+            Err((kind, data)) => return ChildAnswer::Refused(kind, data),
+        };
+        let agreed = judged.agreed(shared, Vec::new());
+        let keys = self.child_keys(&agreed.suite, None, None);
+        self.install(shared, now, judged.child.id, &agreed, keys, false);
+        ChildAnswer::Agreed {
+            agreed,
+            number: judged.choice.number,
+            narrowed: judged.narrowed,
+        }
+    }
+
+    pub(in crate::ike::sa) fn child_request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        bytes: &[u8],
+        request: &ChildRequest<'_>,
+    ) {
+        let kind = ExchangeType::CREATE_CHILD_SA;
+        let (offer, nonce, ke) = match request {
+            // Rekeying is refused in the words that the RFC has for it; the SAs live on until they are replaced.
+            ChildRequest::RekeyIke => {
+                let notify = NotifyType::NO_ADDITIONAL_SAS;
+                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
+            }
+            ChildRequest::Child { notifies, .. } if notifies.has(NotifyType::REKEY_SA) => {
+                let notify = NotifyType::NO_ADDITIONAL_SAS;
+                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
+            }
+            ChildRequest::Child {
+                offer, nonce, ke, ..
+            } => (offer, nonce, ke),
+        };
+        let judged = match self.judge_child(shared, offer, false) {
+            Ok(judged) => judged,
+            Err((notify, data)) => {
+                return self.respond_notify(shared, now, kind, bytes, notify, &data);
+            }
+        };
+        let nonce_r = shared.random_bytes(NONCE_BYTES);
+        let Some(group) = judged.choice.suite.group else {
+            let agreed = judged.agreed(shared, nonce_r);
+            let nonces = Nonces {
+                initiator: nonce.bytes(),
+                responder: &agreed.nonce,
+            };
+            let keys = self.child_keys(&agreed.suite, None, Some(nonces));
+            self.install(shared, now, judged.child.id, &agreed, keys, false);
+            return self.answer_child(shared, now, bytes, &agreed, judged.choice.number, &[]);
+        };
+        let Some(ke) = ke.as_ref().filter(|ke| ke.method.0 == group.id()) else {
+            let data = group.id().to_be_bytes();
+            let notify = NotifyType::INVALID_KE_PAYLOAD;
+            return self.respond_notify(shared, now, kind, bytes, notify, &data);
+        };
+        let agreed = judged.agreed(shared, nonce_r);
+        self.child_job = Some(ChildJob::Answer {
+            request: bytes.to_vec(),
+            agreed,
+            child: judged.child.id,
+            number: judged.choice.number,
+            nonce_i: nonce.bytes().to_vec(),
+        });
+        let private = PrivateKey::generate(group, &mut *shared.random);
+        self.queue_job(shared, private, Some(ke.public.to_vec()), true);
+    }
+
+    pub(super) fn answer_child(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        request: &[u8],
+        agreed: &Agreed,
+        number: u8,
+        public: &[u8],
+    ) {
+        let spi = agreed.spi_in.to_be_bytes();
+        let Ok(nonce) = Nonce::new(&agreed.nonce) else {
+            return;
+        };
+        let mut payloads = vec![
+            Payload::SecurityAssociation(proposals::child_answer(&agreed.suite, number, &spi)),
+            Payload::Nonce(nonce),
+        ];
+        if let Some(group) = agreed.suite.group {
+            payloads.push(Payload::KeyExchange(KeyExchange {
+                method: KeMethod(group.id()),
+                public,
+            }));
+        }
+        payloads.extend([
+            Payload::TsInitiator(TrafficSelectors::new(&agreed.remote)),
+            Payload::TsResponder(TrafficSelectors::new(&agreed.local)),
+        ]);
+        self.respond(
+            shared,
+            now,
+            ExchangeType::CREATE_CHILD_SA,
+            request,
+            &payloads,
+        );
+    }
+}
+
+impl Judged {
+    fn agreed(&self, shared: &mut Shared, nonce: Vec<u8>) -> Agreed {
+        Agreed {
+            spi_in: shared.allocate_spi(),
+            spi_out: self.choice.spi.0,
+            suite: self.choice.suite,
+            local: self.local.clone(),
+            remote: self.remote.clone(),
+            nonce,
+        }
+    }
+}

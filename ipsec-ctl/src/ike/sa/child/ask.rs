@@ -1,0 +1,272 @@
+//! Children that we ask for, and what we make of the answer (RFC 7296 sections 1.3.1 and 2.9).
+
+use super::{Agreed, ChildJob, PendingChild};
+use crate::ike::{
+    config::ChildName,
+    crypto::{Group, ke::PrivateKey, keys::Nonces},
+    endpoint::Shared,
+    event::{FailureReason, Stage},
+    exchange::{ChildOffer, ChildResponse, Notifies},
+    message::{
+        ExchangeType, Payload,
+        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
+    },
+    negotiate::{
+        proposals::{self},
+        selectors,
+    },
+    sa::{Exchange, IkeSa, Task},
+    time::Time,
+};
+
+impl IkeSa {
+    /// Asks for a configured child, or for one pair of its selectors.
+    pub(in crate::ike::sa) fn ask_for_child(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        child: ChildName,
+        pair: Option<(usize, usize)>,
+    ) {
+        let Some(config) = self
+            .peer_config(shared)
+            .and_then(|peer| peer.children.iter().find(|config| config.id == child))
+            .cloned()
+        else {
+            return;
+        };
+        let sides = match pair {
+            None => Some((config.local.clone(), config.remote.clone())),
+            Some((local, remote)) => config
+                .local
+                .get(local)
+                .zip(config.remote.get(remote))
+                .map(|(local, remote)| (vec![*local], vec![*remote])),
+        };
+        let Some((local, remote)) = sides else { return };
+        let mut pending = PendingChild::of(shared, &config, local, remote);
+        pending.pair = pair.is_some();
+        let group = pending
+            .proposals
+            .iter()
+            .flat_map(|proposal| &proposal.groups)
+            .copied()
+            .next();
+        self.begin_child(shared, now, pending, group);
+    }
+
+    pub(in crate::ike::sa) fn begin_child(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        mut pending: PendingChild,
+        group: Option<Group>,
+    ) {
+        match group {
+            None => self.send_child(shared, now, pending, &[]),
+            Some(group) => {
+                let private = PrivateKey::generate(group, &mut *shared.random);
+                pending.private = Some(private.clone());
+                self.child_job = Some(ChildJob::Public(pending));
+                self.queue_job(shared, private, None, true);
+            }
+        }
+    }
+
+    pub(in crate::ike::sa) fn send_child(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        pending: PendingChild,
+        public: &[u8],
+    ) {
+        let spi = pending.spi_in.to_be_bytes();
+        let nonce = pending.nonce.clone();
+        let Ok(nonce) = Nonce::new(&nonce) else {
+            return;
+        };
+        let mut payloads = vec![
+            Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, &spi, false)),
+            Payload::Nonce(nonce),
+        ];
+        if let Some(private) = &pending.private {
+            payloads.push(Payload::KeyExchange(KeyExchange {
+                method: KeMethod(private.group().id()),
+                public,
+            }));
+        }
+        payloads.extend([
+            Payload::TsInitiator(TrafficSelectors::new(&pending.local)),
+            Payload::TsResponder(TrafficSelectors::new(&pending.remote)),
+        ]);
+        let exchange = Exchange::Child(pending.clone());
+        self.request(
+            shared,
+            now,
+            ExchangeType::CREATE_CHILD_SA,
+            &payloads,
+            exchange,
+        );
+    }
+
+    /// The responder's answer to the first child.
+    pub(in crate::ike::sa) fn first_child_agreed(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        pending: PendingChild,
+        offer: &ChildOffer<'_>,
+    ) {
+        match self.check_answer(&pending, offer, true) {
+            Ok(agreed) => {
+                let keys = self.child_keys(&agreed.suite, None, None);
+                self.install(shared, now, pending.child, &agreed, keys, true);
+            }
+            Err(detail) => self.bad_answer(shared, now, &pending, detail),
+        }
+    }
+
+    pub(in crate::ike::sa) fn child_response(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        pending: PendingChild,
+        response: &ChildResponse<'_>,
+    ) {
+        let (offer, nonce, ke) = match response {
+            ChildResponse::Refused(notifies) => {
+                return self.child_refused(shared, now, pending, notifies);
+            }
+            ChildResponse::Agreed { offer, nonce, ke } => (offer, nonce, ke),
+        };
+        let mut agreed = match self.check_answer(&pending, offer, false) {
+            Ok(agreed) => agreed,
+            Err(detail) => return self.bad_answer(shared, now, &pending, detail),
+        };
+        agreed.nonce = nonce.bytes().to_vec();
+        match (agreed.suite.group, pending.private.clone(), ke) {
+            (None, _, _) => {
+                let nonces = Nonces {
+                    initiator: &pending.nonce,
+                    responder: &agreed.nonce,
+                };
+                let keys = self.child_keys(&agreed.suite, None, Some(nonces));
+                self.install(shared, now, pending.child, &agreed, keys, true);
+            }
+            (Some(group), Some(private), Some(ke))
+                if group == private.group() && ke.method.0 == group.id() =>
+            {
+                let public = ke.public.to_vec();
+                self.child_job = Some(ChildJob::Agree(pending, agreed));
+                self.queue_job(shared, private, Some(public), false);
+            }
+            _ => {
+                let detail = "its key exchange is not the one that was asked for".to_owned();
+                self.bad_answer(shared, now, &pending, detail);
+            }
+        }
+    }
+
+    /// What the responder chose, if it is among what we offered.
+    pub(in crate::ike::sa) fn check_answer(
+        &self,
+        pending: &PendingChild,
+        offer: &ChildOffer<'_>,
+        first: bool,
+    ) -> Result<Agreed, String> {
+        let choice = proposals::choose_child(&pending.proposals, &offer.sa, first)
+            .filter(|_| offer.sa.proposals.len() == 1)
+            .ok_or_else(|| {
+                format!(
+                    "it chose {}, which we did not offer",
+                    proposals::describe(&offer.sa)
+                )
+            })?;
+        let local: Vec<_> = offer.ts_i.known().collect();
+        let remote: Vec<_> = offer.ts_r.known().collect();
+        // RFC 7296 section 2.9: the responder may narrow and must not widen.
+        if local.is_empty()
+            || remote.is_empty()
+            || !selectors::all_covered(&pending.local, &local)
+            || !selectors::all_covered(&pending.remote, &remote)
+        {
+            return Err(format!(
+                "it chose selectors {} <-> {}, which go beyond ours",
+                selectors::describe(&local),
+                selectors::describe(&remote)
+            ));
+        }
+        Ok(Agreed {
+            spi_in: pending.spi_in,
+            spi_out: choice.spi.0,
+            suite: choice.suite,
+            local,
+            remote,
+            nonce: Vec::new(),
+        })
+    }
+
+    /// The responder has set up a child that we cannot have: it is told to forget it.
+    pub(in crate::ike::sa) fn bad_answer(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        pending: &PendingChild,
+        detail: String,
+    ) {
+        self.fail(shared, Stage::Child, FailureReason::BadMessage, detail);
+        self.push_task(shared, now, Task::DeleteChildren(vec![pending.spi_in]));
+        shared.release_pending(Some(pending.spi_in));
+    }
+
+    pub(in crate::ike::sa) fn child_refused(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        mut pending: PendingChild,
+        notifies: &Notifies<'_>,
+    ) {
+        let error = notifies.error();
+        if error == Some(NotifyType::INVALID_KE_PAYLOAD) {
+            let wanted = notifies
+                .find(NotifyType::INVALID_KE_PAYLOAD)
+                .and_then(|notify| <[u8; 2]>::try_from(notify.data).ok())
+                .map(u16::from_be_bytes);
+            let group = pending
+                .proposals
+                .iter()
+                .flat_map(|proposal| &proposal.groups)
+                .copied()
+                .find(|group| Some(group.id()) == wanted);
+            if let (Some(group), 0) = (group, pending.detours) {
+                pending.detours += 1;
+                return self.begin_child(shared, now, pending, Some(group));
+            }
+        }
+        shared.release_pending(Some(pending.spi_in));
+        // RFC 7296 section 2.9: the peer takes one pair of selectors in each child, so each pair gets its own.
+        if error == Some(NotifyType::SINGLE_PAIR_REQUIRED) && !pending.pair {
+            let pairs = (0..pending.local.len())
+                .flat_map(|local| (0..pending.remote.len()).map(move |remote| (local, remote)));
+            let child = pending.child;
+            self.tasks
+                .extend(pairs.map(|(local, remote)| Task::Pair(child, local, remote)));
+            return;
+        }
+        let reason = match error {
+            Some(NotifyType::NO_PROPOSAL_CHOSEN) => FailureReason::PeerRefusedProposals,
+            Some(NotifyType::TS_UNACCEPTABLE) => FailureReason::PeerRefusedSelectors,
+            Some(NotifyType::SINGLE_PAIR_REQUIRED) => FailureReason::SinglePair,
+            Some(NotifyType::NO_ADDITIONAL_SAS) => FailureReason::NoAdditionalSas,
+            _ => FailureReason::PeerError,
+        };
+        let offered = proposals::describe(&proposals::child_offer(&pending.proposals, &[], false));
+        let detail = format!(
+            "{}; we offered {offered} for {} <-> {}",
+            error.map_or_else(|| "no reason given".to_owned(), |error| error.to_string()),
+            selectors::describe(&pending.local),
+            selectors::describe(&pending.remote)
+        );
+        self.fail(shared, Stage::Child, reason, detail);
+    }
+}

@@ -1,0 +1,177 @@
+//! Children: asked for in IKE_AUTH or CREATE_CHILD_SA, answered, installed, refused (RFC 7296 sections 1.3, 2.9, 2.17).
+
+mod answer;
+mod ask;
+mod install;
+
+use ipsec_common::TrafficSelector;
+use serde::{Deserialize, Serialize};
+
+use super::initiate::NONCE_BYTES;
+use crate::ike::{
+    config::{ChildConfig, ChildName},
+    crypto::{ChildSuite, EspProposal, ke::PrivateKey},
+    endpoint::Shared,
+    event::ChildSaId,
+    message::{
+        Payload,
+        payload::{Notify, NotifyType, TrafficSelectors},
+    },
+    negotiate::proposals::{self},
+    time::Time,
+};
+
+/// A pair of ESP SAs that is installed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) struct ChildSa {
+    pub(in crate::ike) id: ChildSaId,
+    pub(in crate::ike) child: ChildName,
+    pub(in crate::ike) spi_in: u32,
+    pub(in crate::ike) spi_out: u32,
+    /// Packets seen by the data plane, to notice progress.
+    pub(in crate::ike) inbound: u64,
+    pub(in crate::ike) outbound: u64,
+    pub(in crate::ike) replace_at: Time,
+    pub(in crate::ike) expire_at: Time,
+}
+
+/// A child that we have asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) struct PendingChild {
+    pub(in crate::ike) child: ChildName,
+    pub(in crate::ike) spi_in: u32,
+    pub(in crate::ike) local: Vec<TrafficSelector>,
+    pub(in crate::ike) remote: Vec<TrafficSelector>,
+    pub(in crate::ike) proposals: Vec<EspProposal>,
+    nonce: Vec<u8>,
+    private: Option<PrivateKey>,
+    /// Whether it is one pair of the child's selectors.
+    pair: bool,
+    /// Groups that the responder has asked for instead.
+    detours: u32,
+}
+
+/// A child that waits for a key exchange of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) enum ChildJob {
+    /// We ask, and need our public value.
+    Public(PendingChild),
+    /// We asked, and need the secret.
+    Agree(PendingChild, Agreed),
+    /// We answer, and need both.
+    Answer {
+        /// The request, to answer and to recognise it again.
+        request: Vec<u8>,
+        agreed: Agreed,
+        child: ChildName,
+        number: u8,
+        nonce_i: Vec<u8>,
+    },
+}
+
+/// What was agreed on, but for the keys.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) struct Agreed {
+    spi_in: u32,
+    spi_out: u32,
+    suite: ChildSuite,
+    local: Vec<TrafficSelector>,
+    remote: Vec<TrafficSelector>,
+    /// The other side's nonce where we ask, ours where we answer.
+    nonce: Vec<u8>,
+}
+
+impl ChildJob {
+    pub(in crate::ike::sa) fn child(&self) -> ChildName {
+        match self {
+            Self::Public(pending) | Self::Agree(pending, _) => pending.child,
+            Self::Answer { child, .. } => *child,
+        }
+    }
+
+    pub(in crate::ike::sa) fn spi(&self) -> u32 {
+        match self {
+            Self::Public(pending) | Self::Agree(pending, _) => pending.spi_in,
+            Self::Answer { agreed, .. } => agreed.spi_in,
+        }
+    }
+
+    pub(in crate::ike::sa) fn is_answer(&self) -> bool {
+        matches!(self, Self::Answer { .. })
+    }
+}
+
+/// Our answer to a child that the peer asked for.
+pub(in crate::ike::sa) enum ChildAnswer {
+    /// It is installed.
+    Agreed {
+        agreed: Agreed,
+        number: u8,
+        /// Narrower than what was asked for.
+        narrowed: bool,
+    },
+    /// It is refused.
+    Refused(NotifyType, Vec<u8>),
+}
+
+impl PendingChild {
+    pub(in crate::ike::sa) fn of(
+        shared: &mut Shared,
+        config: &ChildConfig,
+        local: Vec<TrafficSelector>,
+        remote: Vec<TrafficSelector>,
+    ) -> Self {
+        Self {
+            child: config.id,
+            spi_in: shared.allocate_spi(),
+            local,
+            remote,
+            proposals: config.proposals.clone(),
+            nonce: shared.random_bytes(NONCE_BYTES),
+            private: None,
+            pair: false,
+            detours: 0,
+        }
+    }
+
+    pub(in crate::ike::sa) fn spi_of(answer: Option<&ChildAnswer>) -> [u8; 4] {
+        match answer {
+            Some(ChildAnswer::Agreed { agreed, .. }) => agreed.spi_in.to_be_bytes(),
+            Some(ChildAnswer::Refused(..)) | None => [0; 4],
+        }
+    }
+
+    /// The payloads of an answer that tell of the child.
+    pub(in crate::ike::sa) fn answer_payloads<'a>(
+        answer: &'a ChildAnswer,
+        spi: &'a [u8],
+        payloads: &mut Vec<Payload<'a>>,
+    ) {
+        match answer {
+            ChildAnswer::Refused(kind, data) => {
+                payloads.push(Payload::Notify(Notify::new(*kind, data)));
+            }
+            ChildAnswer::Agreed {
+                agreed,
+                number,
+                narrowed,
+            } => {
+                payloads.extend([
+                    Payload::SecurityAssociation(proposals::child_answer(
+                        &agreed.suite,
+                        *number,
+                        spi,
+                    )),
+                    Payload::TsInitiator(TrafficSelectors::new(&agreed.remote)),
+                    Payload::TsResponder(TrafficSelectors::new(&agreed.local)),
+                ]);
+                if *narrowed {
+                    payloads.push(Payload::Notify(Notify::new(
+                        NotifyType::ADDITIONAL_TS_POSSIBLE,
+                        &[],
+                    )));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! INFORMATIONAL: deletion, errors, liveness (RFC 7296 sections 1.4 and 2.4).
+
+use ipsec_common::Spi;
+
+use super::{Closed, Exchange, FollowUp, IkeSa, State, Task};
+use crate::ike::{
+    endpoint::Shared,
+    event::{DownReason, FailureReason, Stage},
+    exchange::Informational,
+    message::{
+        ExchangeType, Payload,
+        payload::{Delete, Notify, NotifyType},
+    },
+    time::Time,
+};
+
+impl IkeSa {
+    pub(super) fn informational(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        bytes: &[u8],
+        request: &Informational<'_>,
+    ) {
+        let kind = ExchangeType::INFORMATIONAL;
+        // RFC 7296 section 2.21.2: the initiator could not verify our proof.
+        if request.notifies.has(NotifyType::AUTHENTICATION_FAILED) {
+            self.fail(
+                shared,
+                Stage::Auth,
+                FailureReason::PeerRefusedAuth,
+                String::new(),
+            );
+        }
+        if request.deletes.contains(&Delete::IkeSa) {
+            self.respond(shared, now, kind, bytes, &[]);
+            return self.deleted_by_peer(shared);
+        }
+        let named: Vec<Spi> = request
+            .deletes
+            .iter()
+            .flat_map(|delete| match delete {
+                Delete::Esp(spis) => spis.clone(),
+                Delete::IkeSa | Delete::Other { .. } => Vec::new(),
+            })
+            .collect();
+        let ours = self.end_children(shared, DownReason::PeerDeleted, |child| {
+            named.contains(&Spi(child.spi_out))
+        });
+        let delete_ours = Payload::Delete(Delete::Esp(ours.iter().copied().map(Spi).collect()));
+        // RFC 7296 section 1.4.1: the answer to a Delete names the other half of each pair.
+        let payloads = if ours.is_empty() {
+            &[][..]
+        } else {
+            std::slice::from_ref(&delete_ours)
+        };
+        self.respond(shared, now, kind, bytes, payloads);
+    }
+
+    fn deleted_by_peer(&mut self, shared: &mut Shared) {
+        let why = if self.state == State::Up {
+            Closed::Lost
+        } else {
+            Closed::Wanted
+        };
+        self.close(shared, DownReason::PeerDeleted, why);
+    }
+
+    /// The peer has confirmed our Delete.
+    pub(super) fn deleted(&mut self, shared: &mut Shared) {
+        self.state = State::Closed;
+        shared.follow_ups.push_back(FollowUp::Closed {
+            peer: self.peer,
+            why: Closed::Wanted,
+        });
+    }
+
+    pub(super) fn delete_ike(&mut self, shared: &mut Shared, now: Time, refused: bool) {
+        let mut payloads = Vec::new();
+        if refused {
+            payloads.push(Payload::Notify(Notify::new(
+                NotifyType::AUTHENTICATION_FAILED,
+                &[],
+            )));
+        }
+        payloads.push(Payload::Delete(Delete::IkeSa));
+        let kind = ExchangeType::INFORMATIONAL;
+        self.request(shared, now, kind, &payloads, Exchange::DeleteIke);
+    }
+
+    /// An authentic message made no sense: the two sides disagree about the protocol or about the state.
+    pub(super) fn break_off(&mut self, shared: &mut Shared) {
+        self.fail(
+            shared,
+            Stage::Auth,
+            FailureReason::BadMessage,
+            "an authentic message makes no sense".to_owned(),
+        );
+        let why = if self.established.is_some() {
+            Closed::Lost
+        } else {
+            Closed::Failed
+        };
+        self.close(shared, DownReason::Protocol, why);
+    }
+
+    /// A child that traffic asks for.
+    pub(in crate::ike) fn acquire(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        child: crate::ike::config::ChildName,
+    ) {
+        if self.state == State::Up && !self.is_busy_with(child) {
+            self.push_task(shared, now, Task::Child(child));
+        }
+    }
+}

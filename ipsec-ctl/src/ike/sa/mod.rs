@@ -1,0 +1,363 @@
+//! One IKE SA: what it knows, and what becomes of it when a message, a result or a moment comes.
+//!
+//! The state is one value, without tasks or closures, so that it can be saved. What concerns several IKE SAs is left to
+//! the endpoint by way of [`FollowUp`].
+
+mod child;
+mod informational;
+mod initiate;
+mod requests;
+mod respond;
+mod timers;
+
+use std::{collections::VecDeque, net::SocketAddr, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Identity,
+    config::{ChildName, PeerId},
+    crypto::{
+        IkeSuite,
+        ke::PrivateKey,
+        keys::{IkeKeys, Nonces},
+    },
+    endpoint::Shared,
+    event::{ChildSaId, DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
+    job::{JobId, JobResult},
+    message::IkeSpi,
+    time::Time,
+};
+
+pub(super) use child::{ChildSa, PendingChild};
+pub(super) use initiate::Start;
+pub(super) use respond::Accept;
+
+/// Time within which two IKE SAs that both sides have started count as started at once.
+const SIMULTANEOUS: Duration = Duration::from_secs(30);
+
+/// What an IKE SA waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum State {
+    /// Our public value, to send it in IKE_SA_INIT.
+    Public,
+    /// The response to IKE_SA_INIT.
+    InitSent,
+    /// The shared secret, as initiator.
+    Agree,
+    /// Public value and shared secret, as responder.
+    Respond,
+    /// The response to IKE_AUTH.
+    AuthSent,
+    /// The request of IKE_AUTH.
+    AwaitAuth,
+    /// Nothing: it is authenticated.
+    Up,
+    /// The response to our Delete.
+    Deleting,
+    /// Nothing ever again.
+    Closed,
+}
+
+/// What NAT detection found (RFC 7296 section 2.23).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Nat {
+    /// Both sides take part in NAT detection.
+    pub(super) supported: bool,
+    /// There is a NAT in front of us.
+    pub(super) local: bool,
+    /// There is a NAT in front of the peer.
+    pub(super) remote: bool,
+}
+
+/// An exchange of ours that waits for its turn: the window is one request (RFC 7296 section 2.3).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Task {
+    /// CREATE_CHILD_SA for a configured child.
+    Child(ChildName),
+    /// CREATE_CHILD_SA for one pair of selectors of a child, for a peer that takes no more at once.
+    Pair(ChildName, usize, usize),
+    /// A Delete for children, by our inbound SPIs.
+    DeleteChildren(Vec<u32>),
+    /// A Delete for this IKE SA; an error goes with it where the peer's proof was wrong.
+    DeleteIke {
+        /// AUTHENTICATION_FAILED goes with it.
+        refused: bool,
+    },
+    /// An empty request, to see whether the peer lives.
+    Liveness,
+}
+
+/// A request that has no response yet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Outstanding {
+    message_id: u32,
+    bytes: Vec<u8>,
+    exchange: Exchange,
+    first_sent: Time,
+    attempt: u32,
+    again_at: Time,
+}
+
+/// What a request of ours is about.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Exchange {
+    Init,
+    Auth(Option<PendingChild>),
+    Child(PendingChild),
+    DeleteChildren,
+    DeleteIke,
+    Liveness,
+}
+
+/// The last request of the peer and our response to it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Answered {
+    request: Vec<u8>,
+    response: Vec<u8>,
+}
+
+/// What the endpoint must see to after an IKE SA has been at work.
+#[derive(Clone, Debug)]
+pub(super) enum FollowUp {
+    /// It is authenticated; the peer says that it knows of no other.
+    Authenticated {
+        ike: IkeSaId,
+        peer: PeerId,
+        initial_contact: bool,
+    },
+    /// It is gone.
+    Closed { peer: Option<PeerId>, why: Closed },
+    /// A fresh one should take its place.
+    Replace(PeerId),
+}
+
+/// How an IKE SA ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// It never came up.
+    Failed,
+    /// It was up and the peer is gone or wants it no more.
+    Lost,
+    /// We wanted it so.
+    Wanted,
+}
+
+/// One IKE SA.
+#[derive(Serialize, Deserialize)]
+pub(super) struct IkeSa {
+    pub(super) id: IkeSaId,
+    pub(super) peer: Option<PeerId>,
+    pub(super) initiator: bool,
+    pub(super) spi_i: IkeSpi,
+    pub(super) spi_r: IkeSpi,
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+    pub(super) state: State,
+    pub(super) nat: Nat,
+    pub(super) established: Option<Time>,
+    /// When the exchanges that bring it up, or take it down, were begun.
+    begun: Time,
+    suite: Option<IkeSuite>,
+    keys: Option<IkeKeys>,
+    private: Option<PrivateKey>,
+    public: Vec<u8>,
+    cookie: Vec<u8>,
+    /// Times that IKE_SA_INIT was begun again at the responder's wish.
+    detours: u32,
+    nonce_i: Vec<u8>,
+    nonce_r: Vec<u8>,
+    pub(super) init_request: Vec<u8>,
+    pub(super) init_response: Vec<u8>,
+    local_id: Option<Identity>,
+    remote_id: Option<Identity>,
+    next_request: u32,
+    expected_request: u32,
+    outstanding: Option<Outstanding>,
+    answered: Option<Answered>,
+    tasks: VecDeque<Task>,
+    job: Option<JobId>,
+    child_job: Option<child::ChildJob>,
+    children: Vec<ChildSa>,
+    heard: Time,
+    sent: Time,
+    replace_at: Option<Time>,
+    expire_at: Option<Time>,
+    replacing: bool,
+    retire_at: Option<Time>,
+}
+
+impl IkeSa {
+    /// Whether it counts against the limits of half-open IKE SAs.
+    pub(super) fn is_half_open(&self) -> bool {
+        !self.initiator && matches!(self.state, State::Respond | State::AwaitAuth)
+    }
+
+    /// Our own SPI.
+    pub(super) fn our_spi(&self) -> IkeSpi {
+        if self.initiator {
+            self.spi_i
+        } else {
+            self.spi_r
+        }
+    }
+
+    pub(super) fn has_child(&self, child: ChildName) -> bool {
+        self.children.iter().any(|sa| sa.child == child)
+    }
+
+    /// Whether it is, or is about to be, the one for a configured child.
+    pub(super) fn is_busy_with(&self, child: ChildName) -> bool {
+        self.has_child(child)
+            || self.tasks.iter().any(
+                |task| matches!(task, Task::Child(name) | Task::Pair(name, ..) if *name == child),
+            )
+            || matches!(&self.outstanding, Some(Outstanding { exchange: Exchange::Child(pending) | Exchange::Auth(Some(pending)), .. }) if pending.child == child)
+            || self
+                .child_job
+                .as_ref()
+                .is_some_and(|job| job.child() == child)
+    }
+
+    pub(super) fn has_sa(&self, sa: ChildSaId) -> bool {
+        self.children.iter().any(|child| child.id == sa)
+    }
+
+    /// What `status` shows, once authenticated.
+    pub(super) fn info(&self) -> Option<IkeInfo> {
+        Some(IkeInfo {
+            spi_i: self.spi_i,
+            spi_r: self.spi_r,
+            initiator: self.initiator,
+            suite: self.suite?,
+            local: self.local,
+            remote: self.remote,
+            local_id: self.local_id.clone()?,
+            remote_id: self.remote_id.clone()?,
+            nat_local: self.nat.local,
+            nat_remote: self.nat.remote,
+            since: self.established?,
+        })
+    }
+
+    /// The lower of both nonces, which decides between two IKE SAs that were started by both sides at once.
+    // RFC 7296 section 2.8.1 decides so between two rekeyings; two first exchanges are no different.
+    pub(super) fn lowest_nonce(&self) -> &[u8] {
+        self.nonce_i.as_slice().min(self.nonce_r.as_slice())
+    }
+
+    /// Takes the result of a job.
+    pub(super) fn handle_job(&mut self, shared: &mut Shared, now: Time, result: JobResult) {
+        if self.job != Some(result.id) {
+            return;
+        }
+        self.job = None;
+        match self.state {
+            State::Public => self.public_computed(shared, now, result),
+            State::Agree => self.agreed_as_initiator(shared, now, result),
+            State::Respond => self.agreed_as_responder(shared, now, result),
+            State::Up => self.child_computed(shared, now, result),
+            State::InitSent
+            | State::AuthSent
+            | State::AwaitAuth
+            | State::Deleting
+            | State::Closed => {}
+        }
+    }
+
+    /// Ends it without a word to the peer.
+    pub(super) fn close(&mut self, shared: &mut Shared, reason: DownReason, why: Closed) {
+        if self.state == State::Closed {
+            return;
+        }
+        let was_up = self.established.is_some();
+        self.drop_children(shared, reason);
+        self.state = State::Closed;
+        self.outstanding = None;
+        self.tasks.clear();
+        shared.release_pending(self.child_job.take().map(|job| job.spi()));
+        if let (Some(peer), true) = (self.peer, was_up) {
+            shared.events.push_back(Event::IkeDown {
+                peer,
+                ike: self.id,
+                reason,
+            });
+        }
+        shared.follow_ups.push_back(FollowUp::Closed {
+            peer: self.peer,
+            why,
+        });
+    }
+
+    /// Ends it with a Delete, so that the peer knows. Its children end at once.
+    pub(super) fn delete(&mut self, shared: &mut Shared, now: Time, reason: DownReason) {
+        match self.state {
+            State::Up => {
+                self.drop_children(shared, reason);
+                if let Some(peer) = self.peer {
+                    shared.events.push_back(Event::IkeDown {
+                        peer,
+                        ike: self.id,
+                        reason,
+                    });
+                }
+                self.established = None;
+                self.begun = now;
+                self.state = State::Deleting;
+                self.tasks.clear();
+                self.tasks.push_back(Task::DeleteIke { refused: false });
+                self.next_task(shared, now);
+            }
+            State::Deleting | State::Closed => {}
+            State::Public
+            | State::InitSent
+            | State::Agree
+            | State::Respond
+            | State::AuthSent
+            | State::AwaitAuth => self.close(shared, reason, Closed::Wanted),
+        }
+    }
+
+    /// Sends the response to a repeated IKE_SA_INIT once more.
+    pub(super) fn repeat_init_response(&mut self, shared: &mut Shared, now: Time) {
+        let bytes = self.init_response.clone();
+        self.transmit(shared, now, bytes);
+    }
+
+    /// Another has taken its place: it is deleted after a while, so that packets under way still find their SA.
+    pub(super) fn retire(&mut self, at: Time) {
+        self.replacing = true;
+        self.retire_at = Some(self.retire_at.map_or(at, |planned| planned.min(at)));
+    }
+
+    /// Whether it came up so recently that the peer may have started it without knowing of another.
+    pub(super) fn is_as_young(&self, now: Time) -> bool {
+        self.established
+            .is_some_and(|since| now - since < SIMULTANEOUS)
+    }
+
+    fn nonces(&self) -> Nonces<'_> {
+        Nonces {
+            initiator: &self.nonce_i,
+            responder: &self.nonce_r,
+        }
+    }
+
+    fn outer(&self, shared: &Shared) -> OuterAddresses {
+        OuterAddresses {
+            local: self.local,
+            remote: self.remote,
+            encapsulated: self.encapsulates(shared),
+        }
+    }
+
+    /// Whether ESP goes in UDP: what detection found, or what the configuration forces on a peer that can.
+    fn encapsulates(&self, shared: &Shared) -> bool {
+        use super::config::NatPolicy;
+        match shared.nat_policy(self.peer) {
+            NatPolicy::Forbid => false,
+            NatPolicy::Force => self.nat.supported,
+            NatPolicy::Auto => self.nat.supported && (self.nat.local || self.nat.remote),
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Message IDs, the window of one, and the envelope of every encrypted message (RFC 7296 sections 2.2, 2.3 and 3.14).
+
+use std::net::SocketAddr;
+
+use zeroize::Zeroizing;
+
+use super::{Answered, Exchange, IkeSa, Outstanding, State, Task};
+use crate::ike::{
+    crypto::{keys::SkKeys, sk},
+    endpoint::{Refusal, Shared},
+    event::{Event, Transmit},
+    exchange::{AuthRequest, AuthResponse, ChildRequest, ChildResponse, Informational, SortError},
+    message::{
+        ExchangeType, Flags, Header, Message, MessageId, Payload, PayloadType, parse_payloads,
+        payload::{Notify, NotifyType},
+    },
+    time::Time,
+};
+
+impl IkeSa {
+    pub(super) fn header(&self, exchange: ExchangeType, message_id: u32, response: bool) -> Header {
+        Header {
+            spi_i: self.spi_i,
+            spi_r: self.spi_r,
+            first: PayloadType::NONE,
+            minor: 0,
+            exchange,
+            flags: Flags {
+                initiator: self.initiator,
+                version: false,
+                response,
+            },
+            message_id: MessageId(message_id),
+        }
+    }
+
+    /// Keys of what we send and of what the peer sends.
+    fn directions(&self) -> Option<(&SkKeys, &SkKeys)> {
+        let keys = self.keys.as_ref()?;
+        Some(if self.initiator {
+            (&keys.initiator, &keys.responder)
+        } else {
+            (&keys.responder, &keys.initiator)
+        })
+    }
+
+    fn seal(
+        &self,
+        shared: &mut Shared,
+        header: &Header,
+        payloads: &[Payload<'_>],
+    ) -> Option<Vec<u8>> {
+        let (ours, _) = self.directions()?;
+        sk::seal(
+            header,
+            payloads,
+            self.suite.as_ref()?,
+            ours,
+            &mut *shared.random,
+        )
+        .ok()
+    }
+
+    pub(super) fn transmit(&mut self, shared: &mut Shared, now: Time, bytes: Vec<u8>) {
+        self.sent = now;
+        shared.transmits.push_back(Transmit {
+            local: self.local,
+            remote: self.remote,
+            bytes,
+        });
+    }
+
+    /// Sends an encrypted request; there must be none outstanding.
+    pub(super) fn request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        kind: ExchangeType,
+        payloads: &[Payload<'_>],
+        exchange: Exchange,
+    ) {
+        let header = self.header(kind, self.next_request, false);
+        if let Some(bytes) = self.seal(shared, &header, payloads) {
+            self.send_request(shared, now, bytes, exchange);
+        }
+    }
+
+    /// Sends the bytes of a request and repeats them until a response comes.
+    pub(super) fn send_request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        bytes: Vec<u8>,
+        exchange: Exchange,
+    ) {
+        let message_id = self.next_request;
+        self.next_request = self.next_request.saturating_add(1);
+        self.outstanding = Some(Outstanding {
+            message_id,
+            bytes: bytes.clone(),
+            exchange,
+            first_sent: now,
+            attempt: 0,
+            again_at: now + shared.retransmission(0),
+        });
+        self.transmit(shared, now, bytes);
+    }
+
+    /// Answers the request that is expected now.
+    pub(super) fn respond(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        kind: ExchangeType,
+        request: &[u8],
+        payloads: &[Payload<'_>],
+    ) {
+        let header = self.header(kind, self.expected_request, true);
+        let Some(bytes) = self.seal(shared, &header, payloads) else {
+            return;
+        };
+        self.expected_request = self.expected_request.saturating_add(1);
+        self.answered = Some(Answered {
+            request: request.to_vec(),
+            response: bytes.clone(),
+        });
+        self.transmit(shared, now, bytes);
+    }
+
+    pub(super) fn respond_notify(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        kind: ExchangeType,
+        request: &[u8],
+        notify: NotifyType,
+        data: &[u8],
+    ) {
+        let payloads = [Payload::Notify(Notify::new(notify, data))];
+        self.respond(shared, now, kind, request, &payloads);
+    }
+
+    /// Begins the next exchange that waits, if the window is open.
+    pub(super) fn next_task(&mut self, shared: &mut Shared, now: Time) {
+        while self.outstanding.is_none()
+            && self.child_job.is_none()
+            && matches!(self.state, State::Up | State::Deleting)
+        {
+            match self.tasks.pop_front() {
+                None => return,
+                Some(Task::Child(child)) => self.ask_for_child(shared, now, child, None),
+                Some(Task::Pair(child, local, remote)) => {
+                    self.ask_for_child(shared, now, child, Some((local, remote)));
+                }
+                Some(Task::DeleteChildren(spis)) => self.delete_children(shared, now, &spis),
+                Some(Task::DeleteIke { refused }) => self.delete_ike(shared, now, refused),
+                Some(Task::Liveness) => self.request(
+                    shared,
+                    now,
+                    ExchangeType::INFORMATIONAL,
+                    &[],
+                    Exchange::Liveness,
+                ),
+            }
+        }
+    }
+
+    pub(super) fn push_task(&mut self, shared: &mut Shared, now: Time, task: Task) {
+        self.tasks.push_back(task);
+        self.next_task(shared, now);
+    }
+
+    /// Takes a message whose SPIs name this IKE SA and that is no IKE_SA_INIT request.
+    pub(in crate::ike) fn handle_message(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        from: (SocketAddr, SocketAddr),
+        bytes: &[u8],
+        message: &Message<'_>,
+    ) {
+        let header = &message.header;
+        // RFC 7296 section 3.1: the flag tells who started the IKE SA, not who started the exchange.
+        if header.flags.initiator == self.initiator {
+            return shared.refuse(Refusal::WrongSide);
+        }
+        if header.exchange == ExchangeType::IKE_SA_INIT {
+            if header.flags.response && self.initiator {
+                self.init_response(shared, now, from, bytes, message);
+            }
+            return;
+        }
+        let Some(Payload::Encrypted(encrypted)) = message.payloads.last() else {
+            return shared.refuse(Refusal::NotEncrypted);
+        };
+        let (Some((_, theirs)), Some(suite)) = (self.directions(), self.suite.as_ref()) else {
+            return shared.refuse(Refusal::TooEarly);
+        };
+        if !self.is_in_window(header) {
+            return self.out_of_window(shared, now, header, bytes);
+        }
+        let chain = match sk::open(bytes, encrypted, suite, theirs) {
+            Ok(chain) => chain,
+            Err(_) => return shared.refuse(Refusal::NotAuthentic),
+        };
+        // From here on the message is the peer's own.
+        self.heard = now;
+        if header.flags.response {
+            self.handle_response(shared, now, header, encrypted.first, &chain);
+        } else {
+            self.follow(shared, from);
+            self.handle_request(shared, now, header, bytes, encrypted.first, &chain);
+        }
+        self.next_task(shared, now);
+    }
+
+    fn is_in_window(&self, header: &Header) -> bool {
+        let MessageId(id) = header.message_id;
+        if header.flags.response {
+            self.outstanding
+                .as_ref()
+                .is_some_and(|outstanding| outstanding.message_id == id)
+        } else {
+            self.expected_request == id && !self.is_answering()
+        }
+    }
+
+    /// A repeated request gets the same response again, whatever has happened since.
+    // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed and nothing is computed.
+    fn out_of_window(&mut self, shared: &mut Shared, now: Time, header: &Header, bytes: &[u8]) {
+        let repeated = self
+            .answered
+            .as_ref()
+            .filter(|answered| !header.flags.response && answered.request == bytes)
+            .map(|answered| answered.response.clone());
+        match repeated {
+            Some(response) => self.transmit(shared, now, response),
+            None => shared.refuse(Refusal::OutOfWindow),
+        }
+    }
+
+    /// Follows a peer whose NAT has given it another address or port.
+    // RFC 7296 section 2.23: only on an authentic message, and only by the side that is not behind a NAT itself. The
+    // first request after IKE_SA_INIT may come from port 4500.
+    fn follow(&mut self, shared: &mut Shared, (local, remote): (SocketAddr, SocketAddr)) {
+        if (local, remote) == (self.local, self.remote) {
+            return;
+        }
+        let floats = self.state == State::AwaitAuth && remote.ip() == self.remote.ip();
+        if floats || (self.nat.remote && !self.nat.local) {
+            self.local = local;
+            self.remote = remote;
+            self.tell_moved(shared);
+        }
+    }
+
+    /// The data plane saw an authentic ESP packet from elsewhere.
+    pub(in crate::ike) fn peer_moved(&mut self, shared: &mut Shared, remote: SocketAddr) {
+        if self.nat.remote && !self.nat.local && self.remote != remote {
+            self.remote = remote;
+            self.tell_moved(shared);
+        }
+    }
+
+    fn tell_moved(&self, shared: &mut Shared) {
+        let outer = self.outer(shared);
+        for child in &self.children {
+            shared.events.push_back(Event::Moved(child.id, outer));
+        }
+    }
+
+    fn handle_request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        header: &Header,
+        bytes: &[u8],
+        first: PayloadType,
+        chain: &Zeroizing<Vec<u8>>,
+    ) {
+        let kind = header.exchange;
+        let payloads = match parse_payloads(first, chain) {
+            Ok(payloads) => payloads,
+            Err(_) => {
+                // RFC 7296 section 2.21.3: an authentic message that makes no sense ends the IKE SA.
+                self.respond_notify(shared, now, kind, bytes, NotifyType::INVALID_SYNTAX, &[]);
+                return self.break_off(shared);
+            }
+        };
+        let sorted = match (kind, self.state) {
+            (ExchangeType::IKE_AUTH, State::AwaitAuth) => AuthRequest::sort(payloads)
+                .map(|request| self.auth_request(shared, now, bytes, &request)),
+            (ExchangeType::CREATE_CHILD_SA, State::Up) => ChildRequest::sort(payloads)
+                .map(|request| self.child_request(shared, now, bytes, &request)),
+            (ExchangeType::INFORMATIONAL, State::Up | State::Deleting) => {
+                Informational::sort(payloads)
+                    .map(|request| self.informational(shared, now, bytes, &request))
+            }
+            // RFC 7296 section 2.25.2: while we delete the IKE SA nothing new is begun on it.
+            (ExchangeType::CREATE_CHILD_SA, State::Deleting) => {
+                self.respond_notify(shared, now, kind, bytes, NotifyType::TEMPORARY_FAILURE, &[]);
+                Ok(())
+            }
+            _ => {
+                self.respond_notify(shared, now, kind, bytes, NotifyType::INVALID_SYNTAX, &[]);
+                Ok(())
+            }
+        };
+        match sorted {
+            Ok(()) => {}
+            // RFC 7296 section 2.5: the whole message is refused, and the type named.
+            Err(SortError::UnknownCritical(PayloadType(number))) => {
+                let notify = NotifyType::UNSUPPORTED_CRITICAL_PAYLOAD;
+                self.respond_notify(shared, now, kind, bytes, notify, &[number]);
+            }
+            Err(SortError::Twice(_) | SortError::Missing(_)) => {
+                self.respond_notify(shared, now, kind, bytes, NotifyType::INVALID_SYNTAX, &[]);
+                self.break_off(shared);
+            }
+        }
+    }
+
+    fn handle_response(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        header: &Header,
+        first: PayloadType,
+        chain: &Zeroizing<Vec<u8>>,
+    ) {
+        let Some(outstanding) = self.outstanding.take() else {
+            return;
+        };
+        let Ok(payloads) = parse_payloads(first, chain) else {
+            return self.break_off(shared);
+        };
+        let sorted = match outstanding.exchange {
+            Exchange::Auth(pending) if header.exchange == ExchangeType::IKE_AUTH => {
+                AuthResponse::sort(payloads)
+                    .map(|response| self.auth_response(shared, now, pending, &response))
+            }
+            Exchange::Child(pending) if header.exchange == ExchangeType::CREATE_CHILD_SA => {
+                ChildResponse::sort(payloads)
+                    .map(|response| self.child_response(shared, now, pending, &response))
+            }
+            Exchange::DeleteIke => {
+                self.deleted(shared);
+                Ok(())
+            }
+            Exchange::DeleteChildren | Exchange::Liveness => Ok(()),
+            Exchange::Init | Exchange::Auth(_) | Exchange::Child(_) => {
+                return self.break_off(shared);
+            }
+        };
+        if sorted.is_err() {
+            self.break_off(shared);
+        }
+    }
+
+    fn is_answering(&self) -> bool {
+        self.child_job
+            .as_ref()
+            .is_some_and(super::child::ChildJob::is_answer)
+    }
+}

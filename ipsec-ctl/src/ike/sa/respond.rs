@@ -1,0 +1,253 @@
+//! The responder's side of IKE_SA_INIT, once it was accepted, and of IKE_AUTH (RFC 7296 sections 1.2 and 2.15).
+
+use std::net::SocketAddr;
+
+use super::{
+    Closed, IkeSa, State,
+    child::PendingChild,
+    initiate::{NONCE_BYTES, check_psk, id_body, nat_notifies},
+};
+use crate::ike::{
+    Identity,
+    config::{NatPolicy, PeerConfig},
+    crypto::{
+        IkeSuite,
+        auth::{self, Signed},
+        ke::PrivateKey,
+    },
+    endpoint::{Shared, nat_hash},
+    event::{DownReason, FailureReason, IkeSaId, Stage},
+    exchange::{AuthRequest, InitRequest},
+    job::JobResult,
+    message::{
+        ExchangeType, IkeSpi, Message, Payload,
+        payload::{
+            AuthMethod, Authentication, Identification, KeMethod, KeyExchange, Nonce, NotifyType,
+        },
+    },
+    negotiate::proposals,
+    time::Time,
+};
+
+/// What it takes to accept an IKE_SA_INIT.
+pub(in crate::ike) struct Accept<'a> {
+    pub(in crate::ike) id: IkeSaId,
+    pub(in crate::ike) local: SocketAddr,
+    pub(in crate::ike) remote: SocketAddr,
+    pub(in crate::ike) spi_i: IkeSpi,
+    pub(in crate::ike) spi_r: IkeSpi,
+    pub(in crate::ike) suite: IkeSuite,
+    /// Number of the chosen proposal.
+    pub(in crate::ike) number: u8,
+    /// No peer at this address allows NAT detection.
+    pub(in crate::ike) nat: NatPolicy,
+    pub(in crate::ike) bytes: &'a [u8],
+    pub(in crate::ike) request: &'a InitRequest<'a>,
+}
+
+impl IkeSa {
+    /// Begins an IKE SA that a peer asked for.
+    pub(in crate::ike) fn accept(shared: &mut Shared, now: Time, accept: &Accept<'_>) -> Self {
+        let mut sa = Self {
+            spi_i: accept.spi_i,
+            spi_r: accept.spi_r,
+            suite: Some(accept.suite),
+            nonce_i: accept.request.nonce.bytes().to_vec(),
+            nonce_r: shared.random_bytes(NONCE_BYTES),
+            init_request: accept.bytes.to_vec(),
+            // Kept until the response is written; the number of a proposal has no other place in the state.
+            detours: u32::from(accept.number),
+            ..Self::blank(accept.id, now, accept.local, accept.remote)
+        };
+        if accept.nat != NatPolicy::Forbid {
+            sa.detect_nat(&accept.request.notifies);
+        }
+        let private = PrivateKey::generate(accept.suite.group, &mut *shared.random);
+        let public = accept.request.ke.public.to_vec();
+        sa.queue_job(shared, private, Some(public), true);
+        sa
+    }
+
+    pub(super) fn agreed_as_responder(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        mut result: JobResult,
+    ) {
+        self.public = std::mem::take(&mut result.public);
+        if !self.derive_keys(shared, result) {
+            return;
+        }
+        let Some(suite) = self.suite else { return };
+        let number = u8::try_from(self.detours).unwrap_or(1);
+        let source = if shared.forces_nat(self.remote.ip()) {
+            shared.random_bytes(20)
+        } else {
+            nat_hash(self.spi_i, self.spi_r, self.local).to_vec()
+        };
+        let destination = nat_hash(self.spi_i, self.spi_r, self.remote);
+        let (public, nonce) = (self.public.clone(), self.nonce_r.clone());
+        let Ok(nonce) = Nonce::new(&nonce) else {
+            return;
+        };
+        let mut payloads = vec![
+            Payload::SecurityAssociation(proposals::ike_answer(&suite, number)),
+            Payload::KeyExchange(KeyExchange {
+                method: KeMethod(suite.group.id()),
+                public: &public,
+            }),
+            Payload::Nonce(nonce),
+        ];
+        if self.nat.supported {
+            payloads.extend(nat_notifies(&source, &destination));
+        }
+        let message = Message {
+            header: self.header(ExchangeType::IKE_SA_INIT, 0, true),
+            payloads,
+        };
+        let Ok(bytes) = message.emit() else { return };
+        self.init_response.clone_from(&bytes);
+        self.expected_request = 1;
+        self.state = State::AwaitAuth;
+        self.transmit(shared, now, bytes);
+    }
+
+    pub(super) fn auth_request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        bytes: &[u8],
+        request: &AuthRequest<'_>,
+    ) {
+        let identity = Identity::from_wire(request.id_i.kind, request.id_i.data);
+        let wanted = request
+            .id_r
+            .as_ref()
+            .map(|id| Identity::from_wire(id.kind, id.data));
+        let peer = match self.authenticate(shared, &identity, wanted.as_ref(), request) {
+            Ok(peer) => peer,
+            Err((reason, detail)) => {
+                self.fail(shared, Stage::Auth, reason, detail);
+                self.respond_notify(
+                    shared,
+                    now,
+                    ExchangeType::IKE_AUTH,
+                    bytes,
+                    NotifyType::AUTHENTICATION_FAILED,
+                    &[],
+                );
+                return self.close(shared, DownReason::Protocol, Closed::Failed);
+            }
+        };
+        self.peer = Some(peer.id);
+        self.remote_id = Some(identity);
+        let ours = peer
+            .local_id
+            .clone()
+            .unwrap_or_else(|| Identity::from(self.local.ip()));
+        self.local_id = Some(ours.clone());
+        let initial_contact = request.notifies.has(NotifyType::INITIAL_CONTACT);
+        self.come_up(shared, now, initial_contact);
+        self.answer_auth(shared, now, bytes, &peer, &ours, request);
+    }
+
+    /// Finds the configured peer whose identity and PSK fit, among those that may be at this address.
+    fn authenticate(
+        &self,
+        shared: &Shared,
+        identity: &Identity,
+        wanted: Option<&Identity>,
+        request: &AuthRequest<'_>,
+    ) -> Result<PeerConfig, (FailureReason, String)> {
+        let (Some(suite), Some(keys)) = (self.suite, self.keys.as_ref()) else {
+            return Err((FailureReason::BadMessage, String::new()));
+        };
+        let Some(proof) = &request.auth else {
+            let detail = format!("{identity} wants EAP, and the tunnels have PSKs");
+            return Err((FailureReason::WeRefusedAuth, detail));
+        };
+        let answer = proposals::ike_answer(&suite, 1);
+        let known: Vec<&PeerConfig> = shared
+            .peers_at(self.remote.ip())
+            .filter(|peer| {
+                let expected = peer
+                    .remote_id
+                    .clone()
+                    .or_else(|| peer.remote.map(Identity::from));
+                expected.is_none_or(|expected| expected == *identity)
+                    && wanted.is_none_or(|wanted| {
+                        *wanted
+                            == peer
+                                .local_id
+                                .clone()
+                                .unwrap_or_else(|| Identity::from(self.local.ip()))
+                    })
+                    && proposals::choose_ike(&peer.proposals, &answer, None).is_some()
+            })
+            .collect();
+        let signed = Signed {
+            message: &self.init_request,
+            nonce: &self.nonce_r,
+            sk_p: &keys.sk_pi,
+            id: &id_body(request.id_i.kind.0, request.id_i.data),
+        };
+        let mut last = None;
+        for peer in known {
+            match check_psk(suite.prf, &peer.psk, &signed, proof, identity) {
+                Ok(()) => return Ok(peer.clone()),
+                Err(why) => last = Some(why),
+            }
+        }
+        Err(match last {
+            Some(why) => (FailureReason::WeRefusedAuth, why),
+            None => (
+                FailureReason::UnknownPeer,
+                format!(
+                    "it is {identity}{}",
+                    wanted.map_or_else(String::new, |wanted| format!(" and asks for {wanted}"))
+                ),
+            ),
+        })
+    }
+
+    fn answer_auth(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        bytes: &[u8],
+        peer: &PeerConfig,
+        ours: &Identity,
+        request: &AuthRequest<'_>,
+    ) {
+        let (Some(suite), Some(keys)) = (self.suite, self.keys.clone()) else {
+            return;
+        };
+        let (kind, data) = ours.to_wire();
+        let proof = auth::psk(
+            suite.prf,
+            &peer.psk,
+            &Signed {
+                message: &self.init_response,
+                nonce: &self.nonce_i,
+                sk_p: &keys.sk_pr,
+                id: &id_body(kind.0, &data),
+            },
+        );
+        let answer = request
+            .child
+            .as_ref()
+            .map(|offer| self.accept_first_child(shared, now, offer));
+        let mut payloads = vec![
+            Payload::IdResponder(Identification { kind, data: &data }),
+            Payload::Authentication(Authentication {
+                method: AuthMethod::SHARED_KEY,
+                data: &proof,
+            }),
+        ];
+        let spi = PendingChild::spi_of(answer.as_ref());
+        if let Some(answer) = &answer {
+            PendingChild::answer_payloads(answer, &spi, &mut payloads);
+        }
+        self.respond(shared, now, ExchangeType::IKE_AUTH, bytes, &payloads);
+    }
+}

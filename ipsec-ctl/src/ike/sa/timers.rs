@@ -1,0 +1,156 @@
+//! What becomes of an IKE SA when time passes: repetition, giving up, keep-alives, the end of its life.
+
+use std::time::Duration;
+
+use super::{Closed, Exchange, FollowUp, IkeSa, State, Task};
+use crate::ike::{
+    endpoint::Shared,
+    event::{DownReason, FailureReason, Stage},
+    time::Time,
+};
+
+/// Time in which an IKE SA must come up; what a FortiGate allows, too.
+const NEGOTIATION: Duration = Duration::from_secs(30);
+/// The NAT keep-alive of RFC 3948 section 2.3.
+const KEEP_ALIVE: &[u8] = &[0xff];
+
+impl IkeSa {
+    pub(super) fn set_lifetime(&mut self, shared: &mut Shared, now: Time) {
+        if let Some(lifetime) = self.peer_config(shared).map(|peer| peer.lifetime) {
+            self.replace_at = Some(now + shared.soft(lifetime, self.initiator));
+            self.expire_at = Some(now + lifetime);
+        }
+    }
+
+    /// When something is to be done next.
+    pub(in crate::ike) fn next_timeout(&self, shared: &Shared) -> Option<Time> {
+        let negotiation = (self.established.is_none() && self.state != State::Closed)
+            .then(|| self.begun + NEGOTIATION);
+        let again = self
+            .outstanding
+            .as_ref()
+            .map(|outstanding| outstanding.again_at);
+        let replace = self.replace_at.filter(|_| !self.replacing);
+        let children = self.children.iter().map(|child| {
+            if self.replacing {
+                child.expire_at
+            } else {
+                child.replace_at.min(child.expire_at)
+            }
+        });
+        [
+            negotiation,
+            again,
+            replace.filter(|_| self.state == State::Up),
+            self.expire_at.filter(|_| self.state == State::Up),
+            self.retire_at.filter(|_| self.state == State::Up),
+            self.keep_alive_at(shared),
+        ]
+        .into_iter()
+        .flatten()
+        .chain(children)
+        .min()
+    }
+
+    fn keep_alive_at(&self, shared: &Shared) -> Option<Time> {
+        let interval = self.peer_config(shared)?.keepalive;
+        (self.nat.local && self.state == State::Up && !interval.is_zero())
+            .then(|| self.sent + interval)
+    }
+
+    pub(in crate::ike) fn handle_timeout(&mut self, shared: &mut Shared, now: Time) {
+        if self.established.is_none() && now - self.begun >= NEGOTIATION {
+            return self.give_up_negotiation(shared);
+        }
+        self.repeat(shared, now);
+        if self.state != State::Up {
+            return;
+        }
+        if self.expire_at.is_some_and(|at| at <= now) {
+            return self.delete(shared, now, DownReason::Expired);
+        }
+        if self.retire_at.is_some_and(|at| at <= now) {
+            return self.delete(shared, now, DownReason::Replaced);
+        }
+        let expired =
+            self.end_children(shared, DownReason::Expired, |child| child.expire_at <= now);
+        if !expired.is_empty() {
+            self.push_task(shared, now, Task::DeleteChildren(expired));
+        }
+        let old = self.replace_at.is_some_and(|at| at <= now)
+            || self.children.iter().any(|child| child.replace_at <= now);
+        if let (true, false, Some(peer)) = (old, self.replacing, self.peer) {
+            self.replacing = true;
+            shared.follow_ups.push_back(FollowUp::Replace(peer));
+        }
+        if self.keep_alive_at(shared).is_some_and(|at| at <= now) {
+            self.transmit(shared, now, KEEP_ALIVE.to_vec());
+        }
+    }
+
+    /// The attempt to replace it has failed; another may be made.
+    pub(in crate::ike) fn not_replaced(&mut self, now: Time, again: Duration) {
+        if self.replacing && self.retire_at.is_none() {
+            self.replacing = false;
+            self.replace_at = Some(now + again);
+            for child in &mut self.children {
+                child.replace_at = now + again;
+            }
+        }
+    }
+
+    fn give_up_negotiation(&mut self, shared: &mut Shared) {
+        match self.state {
+            State::Deleting => return self.deleted(shared),
+            State::InitSent => {
+                let detail = "no response to IKE_SA_INIT; is UDP 500 open on the way?".to_owned();
+                self.fail(shared, Stage::Init, FailureReason::Timeout, detail);
+            }
+            State::AuthSent => {
+                let detail = format!(
+                    "no response to IKE_AUTH; is UDP {} open on the way?",
+                    self.remote.port()
+                );
+                self.fail(shared, Stage::Auth, FailureReason::Timeout, detail);
+            }
+            // A half-open IKE SA that nobody finishes is what an attacker leaves behind: counted by limits, not logged.
+            State::Public
+            | State::Agree
+            | State::Respond
+            | State::AwaitAuth
+            | State::Up
+            | State::Closed => {}
+        }
+        self.close(shared, DownReason::Dead, Closed::Failed);
+    }
+
+    /// Repeats the request that has no response, or takes the peer for dead.
+    // RFC 7296 section 2.4: repeated over at least minutes, with growing intervals.
+    fn repeat(&mut self, shared: &mut Shared, now: Time) {
+        let Some(outstanding) = &self.outstanding else {
+            return;
+        };
+        if outstanding.again_at > now {
+            return;
+        }
+        let patience = self
+            .peer_config(shared)
+            .map_or(NEGOTIATION, |peer| peer.dpd_timeout);
+        let waited = now - outstanding.first_sent;
+        let negotiates = matches!(outstanding.exchange, Exchange::Init | Exchange::Auth(_));
+        if !negotiates && waited >= patience {
+            if self.state == State::Deleting {
+                return self.deleted(shared);
+            }
+            return self.close(shared, DownReason::Dead, Closed::Lost);
+        }
+        let bytes = outstanding.bytes.clone();
+        let attempt = outstanding.attempt + 1;
+        let pause = shared.retransmission(attempt);
+        if let Some(outstanding) = &mut self.outstanding {
+            outstanding.attempt = attempt;
+            outstanding.again_at = now + pause;
+        }
+        self.transmit(shared, now, bytes);
+    }
+}

@@ -1,0 +1,9 @@
+//! Two endpoints on a network that loses, repeats, reorders and delays, in virtual time, from one seed.
+//!
+//! `IPSEC_XDP_SEED=N` runs one seed alone; a failure prints the seed that it needs. `IPSEC_XDP_SEEDS=N` sets how many
+//! are run.
+
+mod exchanges;
+mod lossy;
+mod network;
+mod pair;

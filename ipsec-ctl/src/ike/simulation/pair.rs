@@ -1,0 +1,314 @@
+//! Two endpoints, the network between them, and a data plane that only keeps a list of what is installed.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use ipsec_common::TrafficSelector;
+use zeroize::Zeroizing;
+
+use super::network::{Conditions, Network, Seeded};
+use crate::ike::{
+    Endpoint,
+    config::{ChildConfig, ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
+    event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure},
+    job::JobResult,
+    time::Time,
+};
+
+pub(super) const A: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+pub(super) const B: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2));
+/// The peer's id on either side.
+pub(super) const PEER: PeerId = PeerId(7);
+
+/// One side.
+pub(super) struct Side {
+    pub(super) endpoint: Endpoint,
+    pub(super) address: IpAddr,
+    pub(super) installed: BTreeMap<ChildSaId, ChildUp>,
+    pub(super) failures: Vec<Failure>,
+    pub(super) downs: Vec<DownReason>,
+    pub(super) ike_ups: usize,
+    jobs: Vec<(Time, JobResult)>,
+}
+
+pub(super) struct Pair {
+    pub(super) now: Time,
+    pub(super) network: Network,
+    pub(super) a: Side,
+    pub(super) b: Side,
+    /// Drops everything that is sent to it.
+    pub(super) dead: Option<IpAddr>,
+}
+
+/// Settings of an endpoint.
+pub(super) fn limits() -> EndpointConfig {
+    EndpointConfig {
+        ike_port: 500,
+        nat_port: 4500,
+        cookie_threshold: 100,
+        half_open: 1000,
+        half_open_per_source: 100,
+    }
+}
+
+pub(super) fn selector(text: &str) -> TrafficSelector {
+    let net: ipnet::IpNet = text.parse().unwrap();
+    TrafficSelector {
+        protocol: 0,
+        ports: (0, u16::MAX),
+        addresses: (net.network(), net.broadcast()),
+    }
+}
+
+pub(super) fn child(id: u32, local: &[&str], remote: &[&str], esp: &str) -> ChildConfig {
+    ChildConfig {
+        id: ChildName(id),
+        name: format!("child{id}"),
+        local: local.iter().map(|text| selector(text)).collect(),
+        remote: remote.iter().map(|text| selector(text)).collect(),
+        proposals: vec![esp.parse().unwrap()],
+        lifetime: Duration::from_secs(3600),
+    }
+}
+
+/// A peer with one child and a suite whose key exchange is quick.
+pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
+    let (ours, theirs) = if remote == B {
+        ("10.1.0.0/24", "10.2.0.0/24")
+    } else {
+        ("10.2.0.0/24", "10.1.0.0/24")
+    };
+    PeerConfig {
+        id: PEER,
+        name: "peer".to_owned(),
+        remote: Some(remote),
+        local: None,
+        local_id: None,
+        remote_id: None,
+        psk: Zeroizing::new(b"a secret that both know".to_vec()),
+        role,
+        proposals: vec!["aes256gcm16-prfsha256-x25519".parse().unwrap()],
+        nat: NatPolicy::Auto,
+        keepalive: Duration::from_secs(20),
+        dpd_interval: Duration::from_secs(10),
+        dpd_timeout: Duration::from_secs(60),
+        lifetime: Duration::from_secs(86_400),
+        children: vec![child(0, &[ours], &[theirs], "aes256gcm16")],
+    }
+}
+
+impl Side {
+    fn new(address: IpAddr, random: Seeded, config: EndpointConfig) -> Self {
+        Self {
+            endpoint: Endpoint::new(config, Box::new(random)),
+            address,
+            installed: BTreeMap::new(),
+            failures: Vec::new(),
+            downs: Vec::new(),
+            ike_ups: 0,
+            jobs: Vec::new(),
+        }
+    }
+
+    fn drain(&mut self, now: Time, network: &mut Network) {
+        while let Some(event) = self.endpoint.poll_event() {
+            match event {
+                Event::IkeUp(_) => self.ike_ups += 1,
+                Event::IkeDown { reason, .. } => self.downs.push(reason),
+                Event::ChildUp(up) => {
+                    assert!(
+                        self.installed
+                            .values()
+                            .all(|known| known.spi_in != up.spi_in),
+                        "an inbound SPI was given out twice"
+                    );
+                    assert!(self.installed.insert(up.sa, *up).is_none());
+                }
+                Event::ChildDown { sa, .. } => {
+                    assert!(self.installed.remove(&sa).is_some(), "removed twice");
+                }
+                Event::Moved(sa, outer) => {
+                    self.installed.get_mut(&sa).expect("an installed SA").outer = outer;
+                }
+                Event::Failed(failure) => self.failures.push(*failure),
+            }
+        }
+        while let Some(transmit) = self.endpoint.poll_transmit() {
+            network.send(now, transmit);
+        }
+        while let Some(job) = self.endpoint.poll_job() {
+            let done = now + network.job_delay();
+            self.jobs.push((done, job.run()));
+        }
+    }
+
+    pub(super) fn command(&mut self, now: Time, network: &mut Network, command: Command) {
+        self.endpoint.handle_command(now, command);
+        self.drain(now, network);
+    }
+
+    fn due_job(&mut self, now: Time) -> Option<JobResult> {
+        let index = self.jobs.iter().position(|(at, _)| *at <= now)?;
+        Some(self.jobs.swap_remove(index).1)
+    }
+
+    fn next(&self) -> Option<Time> {
+        self.jobs
+            .iter()
+            .map(|(at, _)| *at)
+            .chain(self.endpoint.poll_timeout())
+            .min()
+    }
+
+    fn work(&mut self, now: Time, network: &mut Network) {
+        while let Some(result) = self.due_job(now) {
+            self.endpoint.handle_job(now, result);
+            self.drain(now, network);
+        }
+        if self.endpoint.poll_timeout().is_some_and(|at| at <= now) {
+            self.endpoint.handle_timeout(now);
+            self.drain(now, network);
+        }
+    }
+
+    /// The SA pair that carries a child, the newest if there are several.
+    pub(super) fn child(&self, id: u32) -> Option<&ChildUp> {
+        self.installed
+            .values()
+            .rfind(|up| up.child == ChildName(id))
+    }
+}
+
+impl Pair {
+    pub(super) fn new(seed: u64, conditions: Conditions) -> Self {
+        Self::with(seed, conditions, limits(), limits())
+    }
+
+    pub(super) fn with(
+        seed: u64,
+        conditions: Conditions,
+        a: EndpointConfig,
+        b: EndpointConfig,
+    ) -> Self {
+        Self {
+            now: Time::default(),
+            network: Network::new(conditions, Seeded::new(seed, 0)),
+            a: Side::new(A, Seeded::new(seed, 1), a),
+            b: Side::new(B, Seeded::new(seed, 2), b),
+            dead: None,
+        }
+    }
+
+    /// A pair whose peers know each other, `a` to initiate.
+    pub(super) fn configured(seed: u64, conditions: Conditions) -> Self {
+        let mut pair = Self::new(seed, conditions);
+        pair.tell_a(Command::SetPeer(Box::new(peer(B, Role::Initiate))));
+        pair.tell_b(Command::SetPeer(Box::new(peer(A, Role::Respond))));
+        pair
+    }
+
+    pub(super) fn tell_a(&mut self, command: Command) {
+        self.a.command(self.now, &mut self.network, command);
+    }
+
+    pub(super) fn tell_b(&mut self, command: Command) {
+        self.b.command(self.now, &mut self.network, command);
+    }
+
+    pub(super) fn up_a(&mut self) {
+        self.tell_a(Command::Up(PEER, SocketAddr::new(A, 500)));
+    }
+
+    pub(super) fn up_b(&mut self) {
+        self.tell_b(Command::Up(PEER, SocketAddr::new(B, 500)));
+    }
+
+    /// The other side forgets everything, as after a crash.
+    pub(super) fn restart_b(&mut self, seed: u64) {
+        self.b = Side::new(B, Seeded::new(seed, 3), limits());
+    }
+
+    /// Lets everything happen that happens within `time`.
+    pub(super) fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        for _ in 0..1_000_000 {
+            let next = [self.network.next_arrival(), self.a.next(), self.b.next()]
+                .into_iter()
+                .flatten()
+                .min();
+            match next {
+                Some(at) if at <= end => self.now = self.now.max(at),
+                _ => {
+                    self.now = end;
+                    return;
+                }
+            }
+            while let Some(flight) = self.network.arrival(self.now) {
+                self.deliver(&flight);
+            }
+            self.a.work(self.now, &mut self.network);
+            self.b.work(self.now, &mut self.network);
+        }
+        panic!("the endpoints never come to rest");
+    }
+
+    pub(super) fn deliver(&mut self, flight: &super::network::Flight) {
+        if self.dead == Some(flight.destination.ip()) || flight.bytes == [0xff] {
+            return;
+        }
+        for side in [&mut self.a, &mut self.b] {
+            if side.address == flight.destination.ip() {
+                side.endpoint.handle_datagram(
+                    self.now,
+                    flight.destination,
+                    flight.source,
+                    &flight.bytes,
+                );
+                side.drain(self.now, &mut self.network);
+            }
+        }
+    }
+
+    /// Both sides have exactly these pairs of SAs, and the same keys for them.
+    pub(super) fn assert_agreement(&self, children: usize) {
+        assert_eq!(
+            self.a.installed.len(),
+            children,
+            "at A; failures {:?}",
+            self.a.failures
+        );
+        assert_eq!(
+            self.b.installed.len(),
+            children,
+            "at B; failures {:?}",
+            self.b.failures
+        );
+        for ours in self.a.installed.values() {
+            let theirs = self
+                .b
+                .installed
+                .values()
+                .find(|theirs| theirs.spi_in == ours.spi_out)
+                .expect("the peer has the other half");
+            assert_eq!(theirs.spi_out, ours.spi_in);
+            assert_eq!(theirs.suite, ours.suite);
+            assert_eq!(theirs.local, ours.remote);
+            assert_eq!(theirs.remote, ours.local);
+            for (ours, theirs) in [
+                (&ours.key_in, &theirs.key_out),
+                (&ours.key_out, &theirs.key_in),
+            ] {
+                assert_eq!(ours.encryption.bytes(), theirs.encryption.bytes());
+                assert_eq!(ours.integrity.bytes(), theirs.integrity.bytes());
+            }
+            assert_ne!(
+                ours.key_in.encryption.bytes(),
+                ours.key_out.encryption.bytes()
+            );
+            assert_eq!(theirs.outer.encapsulated, ours.outer.encapsulated);
+        }
+    }
+}
