@@ -1,6 +1,9 @@
-//! The algorithms and keys of ESP (RFC 4303), as the daemon hands them to a data plane.
+//! The transform of a packet: algorithms and keys of an ESP SA, and sealing and opening with them.
+
 #![forbid(unsafe_code)]
 
 mod suite;
+mod transform;
 
 pub use suite::{EspKeys, EspSuite, Integrity};
+pub use transform::{BadKeys, EspTransform, OpenError, Opened, SealError};

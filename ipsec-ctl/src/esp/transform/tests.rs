@@ -1,0 +1,198 @@
+//! Round trips of every suite, hostile packets, and known answers.
+
+use proptest::prelude::*;
+use zeroize::Zeroizing;
+
+use super::*;
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+    digits
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
+}
+
+fn keys(cipher: usize, integrity: usize) -> EspKeys {
+    EspKeys {
+        cipher: Zeroizing::new((0..cipher).map(|i| u8::try_from(i).unwrap()).collect()),
+        integrity: Zeroizing::new(
+            (0..integrity)
+                .map(|i| u8::try_from(100 + i).unwrap())
+                .collect(),
+        ),
+    }
+}
+
+fn transforms(esn: bool) -> Vec<(EspSuite, EspTransform)> {
+    let mut all = vec![
+        (EspSuite::Aes128Gcm16, keys(20, 0)),
+        (EspSuite::Aes256Gcm16, keys(36, 0)),
+        (EspSuite::ChaCha20Poly1305, keys(36, 0)),
+    ];
+    for key_bytes in [16, 24, 32] {
+        for (integrity, size) in [
+            (Integrity::HmacSha256, 32),
+            (Integrity::HmacSha384, 48),
+            (Integrity::HmacSha512, 64),
+        ] {
+            let suite = EspSuite::AesCbc {
+                key_bytes,
+                integrity,
+            };
+            all.push((suite, keys(key_bytes.into(), size)));
+        }
+    }
+    all.into_iter()
+        .map(|(suite, keys)| (suite, EspTransform::new(suite, &keys, esn).unwrap()))
+        .collect()
+}
+
+const ROOM: usize = 32;
+
+/// A frame with a payload in it, and room around it.
+fn framed(payload: &[u8]) -> (Vec<u8>, Range<usize>) {
+    let mut frame = vec![0xee; ROOM];
+    frame.extend(payload);
+    frame.extend([0xee; 96]);
+    (frame, ROOM..ROOM + payload.len())
+}
+
+#[test]
+fn what_is_sealed_opens_in_every_suite_and_length() {
+    for esn in [false, true] {
+        for (suite, transform) in transforms(esn) {
+            for length in 0..100 {
+                let payload: Vec<u8> = (0..length).collect();
+                let (mut frame, range) = framed(&payload);
+                let sequence = if esn { 0x1_0000_0005 } else { 5 };
+                let esp = transform
+                    .seal(Spi(0x1234_5678), sequence, 4, &mut frame, range.clone())
+                    .unwrap();
+                assert_eq!(esp.len(), transform.sealed_bytes(payload.len()));
+                assert!(esp.end - range.end <= transform.max_trailer_bytes());
+                assert_eq!(frame[esp.start..esp.start + 8], bytes("1234567800000005"));
+                let opened = transform.open(sequence, &mut frame, esp).unwrap();
+                assert_eq!(
+                    (opened.payload.clone(), opened.next_header),
+                    (range, 4),
+                    "{suite:?}"
+                );
+                assert_eq!(frame[opened.payload], payload);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_change_of_any_bit_or_of_the_high_half_is_noticed() {
+    for esn in [false, true] {
+        for (suite, transform) in transforms(esn) {
+            let (mut frame, range) = framed(&[7; 20]);
+            let esp = transform.seal(Spi(300), 9, 4, &mut frame, range).unwrap();
+            for bit in 0..esp.len() * 8 {
+                let mut forged = frame.clone();
+                forged[esp.start + bit / 8] ^= 1 << (bit % 8);
+                // A changed sequence number is looked up as such, so it is opened as such.
+                let number = forged[esp.start + 4..].first_chunk::<4>().unwrap();
+                let sequence = u32::from_be_bytes(*number).into();
+                assert_eq!(
+                    transform.open(sequence, &mut forged, esp.clone()),
+                    Err(OpenError::BadIcv),
+                    "{suite:?}, bit {bit}"
+                );
+            }
+            let other = transform.open(0x1_0000_0009, &mut frame, esp);
+            assert_eq!(other.is_err(), esn, "the high half counts with ESN alone");
+        }
+    }
+}
+
+#[test]
+fn padding_that_is_not_as_the_rfc_has_it_is_refused() {
+    assert_eq!(unpad(&[9, 9, 1, 2, 2, 4]), Some((2, 4)));
+    assert_eq!(unpad(&[9, 9, 1, 3, 2, 4]), None);
+    assert_eq!(
+        unpad(&[1, 2, 3, 4, 5, 4]),
+        None,
+        "more padding than there is"
+    );
+    assert_eq!(unpad(&[4]), None);
+}
+
+// 1500 - 20 (IPv4) - 8 (ESP) - 16 (IV) - 32 (ICV) = 1424, a multiple of 16, less 2 for the trailer.
+#[test]
+fn the_tunnel_mtu_of_a_common_suite_is_what_other_gateways_have() {
+    let suite = EspSuite::AesCbc {
+        key_bytes: 32,
+        integrity: Integrity::HmacSha512,
+    };
+    let transform = EspTransform::new(suite, &keys(32, 64), false).unwrap();
+    assert_eq!(transform.max_payload(1500 - 20), 1422);
+    for (suite, transform) in transforms(false) {
+        for esp in 0..300 {
+            let most = transform.max_payload(esp);
+            if most > 0 {
+                assert!(transform.sealed_bytes(most) <= esp, "{suite:?}");
+            }
+            assert!(transform.sealed_bytes(most + 1) > esp, "{suite:?}");
+        }
+    }
+}
+
+#[test]
+fn keys_of_a_wrong_size_are_refused() {
+    for (suite, wrong) in [
+        (EspSuite::Aes256Gcm16, keys(32, 0)),
+        (EspSuite::Aes256Gcm16, keys(36, 32)),
+        (EspSuite::ChaCha20Poly1305, keys(35, 0)),
+        (
+            EspSuite::AesCbc {
+                key_bytes: 32,
+                integrity: Integrity::HmacSha256,
+            },
+            keys(32, 64),
+        ),
+    ] {
+        assert_eq!(EspTransform::new(suite, &wrong, false).err(), Some(BadKeys));
+    }
+}
+
+// RFC 7634 appendix A: an ICMP echo request in tunnel mode.
+#[test]
+fn chacha20_poly1305_gives_the_packet_of_rfc_7634() {
+    let keys = EspKeys {
+        cipher: Zeroizing::new(bytes(
+            "808182838485868788898a8b8c8d8e8f909192939495969798999a9b9c9d9e9f a0a1a2a3",
+        )),
+        integrity: Zeroizing::default(),
+    };
+    let transform = EspTransform::new(EspSuite::ChaCha20Poly1305, &keys, false).unwrap();
+    let packet = bytes(
+        "01020304 00000005 1011121314151617
+         24039428b97f417e3c13753a4f05087b67c352e6a7fab1b982d466ef407ae5c614ee8099d52844eb61aa95dfab4c02f7
+         2aa71e7c4c4f64c9befe2facc638e8f3cbec163fac469b502773f6fb94e664da9165b82829f641e0
+         76aaa8266b7fb0f7b11b369907e1ad43",
+    );
+    let mut frame = packet.clone();
+    let end = frame.len();
+    let opened = transform.open(5, &mut frame, 0..end).unwrap();
+    assert_eq!(opened.next_header, 4);
+    assert_eq!(
+        frame[opened.payload],
+        bytes(
+            "45000054a6f200004001e778c6336405c000020508005b7a3a080000553bec10
+             0007362708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f20212223
+             2425262728292a2b2c2d2e2f3031323334353637"
+        )
+    );
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_opened_or_refused(mut frame: Vec<u8>, start in 0..40_usize, length in 0..200_usize) {
+        for (_, transform) in transforms(true) {
+            let _ = transform.open(1, &mut frame, start..start + length);
+        }
+    }
+}
