@@ -1,0 +1,3 @@
+//! The `xdp` engine.
+
+pub mod af_xdp;
