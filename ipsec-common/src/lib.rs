@@ -4,13 +4,14 @@
 #![cfg_attr(not(test), no_std)]
 #![warn(missing_docs)]
 
-pub mod maps;
 pub mod reason;
+#[cfg(not(target_arch = "bpf"))]
+pub mod replay;
 pub mod selector;
 pub mod spi;
 pub mod words;
 
-pub use reason::{REASONS, Reason};
+pub use reason::Reason;
 pub use selector::TrafficSelector;
 pub use spi::Spi;
 pub use words::SaWords;

@@ -5,8 +5,7 @@
 
 use core::sync::atomic::AtomicU64;
 
-/// Words of a replay window: a ring of 8192 bits, so that a window of 4096 packets always fits beside the word that is
-/// being cleared.
+/// Words of a replay window: 48 packets and a tag each, so that there is room for more than 4096 packets.
 pub const REPLAY_WORDS: usize = 128;
 
 /// Shared words of one SA. All zero is an SA that has carried nothing and has no limits set yet.
@@ -36,6 +35,27 @@ pub struct SaWords {
     reserved: [AtomicU64; 6],
     /// The replay window of an inbound SA.
     pub replay: [AtomicU64; REPLAY_WORDS],
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl Default for SaWords {
+    fn default() -> Self {
+        let zero = || AtomicU64::new(0);
+        Self {
+            sequence: zero(),
+            fast_packets: zero(),
+            fast_bytes: zero(),
+            slow_packets: zero(),
+            slow_bytes: zero(),
+            replayed: zero(),
+            forged: zero(),
+            hard_packets: zero(),
+            hard_bytes: zero(),
+            last_used: zero(),
+            reserved: [const { AtomicU64::new(0) }; 6],
+            replay: [const { AtomicU64::new(0) }; REPLAY_WORDS],
+        }
+    }
 }
 
 const _: () = assert!(

@@ -1,3 +1,18 @@
-//! The `xdp` engine.
+//! The `xdp` engine: XDP classifies, AF_XDP workers carry what they can, and the slow path carries the rest with the same SAs.
+//!
+//! The pipeline ([`outbound`], [`inbound`]) is pure: a frame and the time in, a verdict out. Threads and sockets are
+//! around it.
 
 pub mod af_xdp;
+pub mod events;
+pub mod inbound;
+pub mod inner;
+pub mod outbound;
+pub mod outer;
+pub mod sa;
+pub mod selectors;
+pub mod table;
+pub mod words;
+
+#[cfg(test)]
+mod tests;

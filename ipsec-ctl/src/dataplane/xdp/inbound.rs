@@ -1,0 +1,186 @@
+//! From an ESP packet to the inner packet that goes on: the same for slow path and workers.
+//!
+//! Works in place on a frame. Reads no clock, sends nothing, counts nothing but the SA's words.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
+
+use ipsec_common::{Reason, Spi, replay};
+
+use super::{
+    events::{Events, RateLimit},
+    inner::{Inner, clamp_mss, decapsulate_ecn, decrement_ttl, set_ecn},
+    sa::{InboundSa, Origin},
+    selectors::Match,
+    table::{Tables, Tunnel},
+};
+use crate::{dataplane::seam::Event, esp::OpenError};
+
+const IPV4: u8 = 4;
+const IPV6: u8 = 41;
+/// RFC 4303 section 2.6: a dummy packet, made to hide traffic.
+const NO_NEXT_HEADER: u8 = 59;
+
+/// The outer headers of an ESP packet, as far as they matter.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// Where it came from; port 0 unless it was encapsulated in UDP.
+    pub source: SocketAddr,
+    /// The address of ours that it was sent to.
+    pub destination: IpAddr,
+    /// The outer TOS byte or traffic class.
+    pub tos: u8,
+}
+
+/// What becomes of an ESP packet.
+#[derive(Debug)]
+pub enum Inbound {
+    /// The inner packet goes on as if it had arrived on the tunnel's device.
+    Deliver {
+        /// Its place in the frame.
+        packet: Range<usize>,
+        /// The tunnel that it came out of.
+        tunnel: Arc<Tunnel>,
+    },
+    /// A dummy packet, which ends here without being an error.
+    Dummy,
+    /// It goes nowhere.
+    Drop(Reason),
+}
+
+/// The inbound half of the pipeline. Cheap to clone.
+#[derive(Clone)]
+pub struct InboundPipeline {
+    tables: Arc<Tables>,
+    events: Events,
+    unknown: RateLimit<IpAddr>,
+}
+
+impl InboundPipeline {
+    /// Looks SAs up in `tables` and reports to `events`.
+    pub fn new(tables: Arc<Tables>, events: Events) -> Self {
+        Self {
+            tables,
+            events,
+            unknown: RateLimit::new(1, 1024),
+        }
+    }
+
+    /// Opens the ESP packet at `esp` in `frame`. `now` is in seconds of CLOCK_MONOTONIC.
+    pub fn process(
+        &self,
+        frame: &mut [u8],
+        esp: Range<usize>,
+        arrival: &Arrival,
+        origin: Origin,
+        now: u64,
+    ) -> Inbound {
+        let Some((spi, sequence)) = frame.get(esp.clone()).and_then(header) else {
+            return Inbound::Drop(Reason::Malformed);
+        };
+        let Some(sa) = self.tables.inbound(spi, arrival.destination) else {
+            self.report_unknown(spi, arrival, now);
+            return Inbound::Drop(Reason::UnknownSpi);
+        };
+        match self.open(&sa, sequence, frame, esp, arrival, origin, now) {
+            Ok(Some(packet)) => Inbound::Deliver {
+                packet,
+                tunnel: Arc::clone(&sa.tunnel),
+            },
+            Ok(None) => Inbound::Dummy,
+            Err(reason) => {
+                let words = &sa.core.words;
+                match reason {
+                    Reason::Replayed | Reason::TooOld => &words.replayed,
+                    Reason::BadIcv => &words.forged,
+                    _ => return Inbound::Drop(reason),
+                }
+                .fetch_add(1, Ordering::Relaxed);
+                Inbound::Drop(reason)
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the second half of `process`")]
+    fn open(
+        &self,
+        sa: &InboundSa,
+        low_sequence: u32,
+        frame: &mut [u8],
+        esp: Range<usize>,
+        arrival: &Arrival,
+        origin: Origin,
+        now: u64,
+    ) -> Result<Option<Range<usize>>, Reason> {
+        let core = &sa.core;
+        core.admit(&self.events)?;
+        // RFC 4303 section 3.4.3: look before the ICV is verified, record after it.
+        let sequence = replay::recover(&core.words, core.window, core.esn, low_sequence);
+        replay::check(&core.words, core.window, sequence)?;
+        let opened = core
+            .transform
+            .open(sequence, frame, esp)
+            .map_err(|error| match error {
+                OpenError::Malformed => Reason::Malformed,
+                OpenError::BadIcv => Reason::BadIcv,
+                OpenError::BadTrailer => Reason::BadTrailer,
+            })?;
+        let newest = sequence >= core.words.sequence.load(Ordering::Relaxed);
+        replay::accept(&core.words, core.window, sequence)?;
+        if newest {
+            sa.note_source(arrival.source, now, &self.events);
+        }
+        match opened.next_header {
+            IPV4 | IPV6 => {}
+            NO_NEXT_HEADER => return Ok(None),
+            _ => return Err(Reason::BadTrailer),
+        }
+        let bytes = frame
+            .get_mut(opened.payload.clone())
+            .ok_or(Reason::BadInner)?;
+        let inner = Inner::parse(bytes).map_err(|_| Reason::BadInner)?;
+        if inner.next_header() != opened.next_header {
+            return Err(Reason::BadInner);
+        }
+        // RFC 4301 section 5.2: what the peer sends through an SA must match what was negotiated for it.
+        match core.selectors.match_inbound(&inner.flow) {
+            Match::Yes => {}
+            Match::No => return Err(Reason::InboundSelectors),
+            Match::NeedsPorts => return Err(Reason::FragmentPorts),
+        }
+        let ecn = decapsulate_ecn(inner.tos, arrival.tos).ok_or(Reason::EcnInvalid)?;
+        set_ecn(bytes, &inner, ecn);
+        // On the slow path the kernel decrements it when it forwards what the TUN device received.
+        if origin == Origin::Fast && !decrement_ttl(bytes, &inner) {
+            return Err(Reason::TtlExpired);
+        }
+        if sa.tunnel.settings.load().clamp_mss {
+            clamp_mss(bytes, &inner, sa.tunnel.mtu());
+        }
+        core.account(origin, inner.bytes, now, &self.events);
+        Ok(Some(
+            opened.payload.start..opened.payload.start + inner.bytes,
+        ))
+    }
+
+    fn report_unknown(&self, spi: Spi, arrival: &Arrival, now: u64) {
+        let remote = arrival.source.ip();
+        if self.unknown.pass(remote, now) {
+            self.events.send(Event::UnknownSpi {
+                spi,
+                local: arrival.destination,
+                remote,
+            });
+        }
+    }
+}
+
+/// SPI and the low 32 bits of the sequence number.
+fn header(esp: &[u8]) -> Option<(Spi, u32)> {
+    let (spi, rest) = esp.split_first_chunk::<4>()?;
+    let sequence = rest.first_chunk::<4>()?;
+    Some((Spi::from_be_bytes(*spi), u32::from_be_bytes(*sequence)))
+}

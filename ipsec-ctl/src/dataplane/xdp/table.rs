@@ -1,0 +1,454 @@
+//! The tables that packets are looked up in: tunnels and inbound SAs.
+//!
+//! Readers take no lock. Writers replace small parts: one child's outbound SA, one of many shards of inbound SAs. So an
+//! install costs the same whether there are ten SAs or ten thousand.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU16, Ordering},
+    },
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use ipsec_common::Spi;
+
+use super::{
+    outer::OuterTemplate,
+    sa::{InboundSa, OutboundSa, SaCore},
+    selectors::Selectors,
+    words::WordsArray,
+};
+use crate::dataplane::seam::{
+    ChildId, Df, Direction, Outer, Rejected, SaId, SaSpec, SaStats, TunnelId, TunnelSpec,
+};
+
+/// Shards of the inbound table. SPIs are random, so their low bits spread well.
+const SHARDS: usize = 256;
+
+/// A tunnel as the pipeline sees it. Stays the same object when its settings change.
+#[derive(Debug)]
+pub struct Tunnel {
+    /// Its id.
+    pub id: TunnelId,
+    /// Index of its TUN device.
+    pub ifindex: u32,
+    /// What the configuration says, replaced as a whole.
+    pub settings: ArcSwap<Settings>,
+    /// MTU of the device in bytes.
+    mtu: AtomicU16,
+}
+
+impl Tunnel {
+    /// MTU of the device in bytes.
+    pub fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Relaxed)
+    }
+
+    /// Notes a new MTU of the device; tells whether it is another one.
+    pub fn set_mtu(&self, mtu: u16) -> bool {
+        self.mtu.swap(mtu, Ordering::Relaxed) != mtu
+    }
+}
+
+/// What the configuration says about a tunnel, as far as packets are concerned.
+#[derive(Debug)]
+pub struct Settings {
+    /// Name in logs.
+    pub name: String,
+    /// Clamps the MSS of TCP SYNs.
+    pub clamp_mss: bool,
+    /// The peer's outer address, where it is known without an SA.
+    pub peer: Option<IpAddr>,
+    /// Fixed device MTU.
+    pub fixed_mtu: Option<u16>,
+    df: Df,
+    copy_dscp: bool,
+    /// Its children in the order of the configuration.
+    pub children: Vec<Child>,
+}
+
+/// A configured child and the SA that it sends with.
+#[derive(Debug)]
+pub struct Child {
+    /// Its id.
+    pub id: ChildId,
+    /// Its configured selectors.
+    pub selectors: Selectors,
+    /// A packet without an SA asks for one.
+    pub on_demand: bool,
+    /// The SA that takes its packets.
+    pub outbound: Arc<ArcSwapOption<OutboundSa>>,
+}
+
+type Shard = ArcSwap<HashMap<(Spi, IpAddr), Arc<InboundSa>>>;
+
+#[derive(Debug, Default)]
+struct Tunnels {
+    by_id: HashMap<TunnelId, Arc<Tunnel>>,
+    by_device: HashMap<u32, Arc<Tunnel>>,
+}
+
+/// The tables of one engine.
+pub struct Tables {
+    tunnels: ArcSwap<Tunnels>,
+    inbound: Box<[Shard]>,
+    words: Arc<WordsArray>,
+    registry: Mutex<Registry>,
+}
+
+/// What only commands look at.
+#[derive(Default)]
+struct Registry {
+    sas: HashMap<SaId, Installed>,
+    /// The outbound SAs of a child, oldest first; the last one is in use.
+    outbound: HashMap<(TunnelId, ChildId), Vec<SaId>>,
+}
+
+enum Installed {
+    Outbound(Arc<OutboundSa>),
+    Inbound(Arc<InboundSa>),
+}
+
+impl Installed {
+    fn core(&self) -> &Arc<SaCore> {
+        match self {
+            Self::Outbound(sa) => &sa.core,
+            Self::Inbound(sa) => &sa.core,
+        }
+    }
+}
+
+impl Tables {
+    /// Empty tables whose SAs take their words from `words`.
+    pub fn new(words: Arc<WordsArray>) -> Self {
+        Self {
+            tunnels: ArcSwap::default(),
+            inbound: (0..SHARDS).map(|_| Shard::default()).collect(),
+            words,
+            registry: Mutex::default(),
+        }
+    }
+
+    /// The tunnel of that id.
+    pub fn tunnel(&self, id: TunnelId) -> Option<Arc<Tunnel>> {
+        self.tunnels.load().by_id.get(&id).cloned()
+    }
+
+    /// The tunnel whose TUN device has that index.
+    pub fn tunnel_of_device(&self, ifindex: u32) -> Option<Arc<Tunnel>> {
+        self.tunnels.load().by_device.get(&ifindex).cloned()
+    }
+
+    /// All tunnels.
+    pub fn tunnels(&self) -> Vec<Arc<Tunnel>> {
+        self.tunnels.load().by_id.values().cloned().collect()
+    }
+
+    /// The inbound SA that ESP with this SPI to this address of ours belongs to.
+    pub fn inbound(&self, spi: Spi, destination: IpAddr) -> Option<Arc<InboundSa>> {
+        self.shard(spi).load().get(&(spi, destination)).cloned()
+    }
+
+    /// The SA of that id, if it is an outbound one.
+    pub fn outbound_by_id(&self, id: SaId) -> Option<Arc<OutboundSa>> {
+        match self.registry().sas.get(&id) {
+            Some(Installed::Outbound(sa)) => Some(Arc::clone(sa)),
+            _ => None,
+        }
+    }
+
+    /// The SA of that id, if it is an inbound one.
+    pub fn inbound_by_id(&self, id: SaId) -> Option<Arc<InboundSa>> {
+        match self.registry().sas.get(&id) {
+            Some(Installed::Inbound(sa)) => Some(Arc::clone(sa)),
+            _ => None,
+        }
+    }
+
+    /// The outbound SA with this SPI to this peer, for errors about packets that we sent.
+    pub fn outbound_by_spi(&self, spi: Spi, remote: IpAddr) -> Option<Arc<OutboundSa>> {
+        self.registry().sas.values().find_map(|sa| match sa {
+            Installed::Outbound(sa) if sa.core.spi == spi && sa.template.outer.remote == remote => {
+                Some(Arc::clone(sa))
+            }
+            _ => None,
+        })
+    }
+
+    /// Counters of all SAs, in the order of their ids.
+    pub fn stats(&self) -> Vec<SaStats> {
+        let mut stats: Vec<_> = self
+            .registry()
+            .sas
+            .values()
+            .map(|sa| sa.core().stats())
+            .collect();
+        stats.sort_by_key(|stats| stats.sa);
+        stats
+    }
+
+    /// Creates a tunnel over the device, or changes its settings; its SAs stay with the children that stay.
+    pub fn set_tunnel(&self, spec: &TunnelSpec, ifindex: u32, mtu: u16) -> Arc<Tunnel> {
+        let mut registry = self.registry();
+        let existing = self.tunnel(spec.id).filter(|old| old.ifindex == ifindex);
+        let old = existing.as_ref().map(|tunnel| tunnel.settings.load_full());
+        let settings = Arc::new(settings(spec, old.as_deref()));
+        let tunnel = match existing {
+            Some(tunnel) => {
+                tunnel.settings.store(Arc::clone(&settings));
+                tunnel
+            }
+            None => Arc::new(Tunnel {
+                id: spec.id,
+                ifindex,
+                settings: ArcSwap::new(Arc::clone(&settings)),
+                mtu: AtomicU16::new(mtu),
+            }),
+        };
+        self.change_tunnels(|tunnels| {
+            if let Some(old) = tunnels.by_id.insert(spec.id, Arc::clone(&tunnel)) {
+                tunnels.by_device.remove(&old.ifindex);
+            }
+            tunnels.by_device.insert(ifindex, Arc::clone(&tunnel));
+        });
+        // Children that are gone take their SAs with them.
+        let gone: Vec<SaId> = registry
+            .sas
+            .values()
+            .map(Installed::core)
+            .filter(|core| core.tunnel == spec.id)
+            .filter(|core| !settings.children.iter().any(|child| child.id == core.child))
+            .map(|core| core.id)
+            .collect();
+        for id in gone {
+            self.remove_from(&mut registry, id);
+        }
+        tunnel
+    }
+
+    /// Removes a tunnel and its SAs; tells which ones those were.
+    pub fn remove_tunnel(&self, id: TunnelId) -> Vec<SaId> {
+        let mut registry = self.registry();
+        let sas: Vec<SaId> = registry
+            .sas
+            .values()
+            .map(Installed::core)
+            .filter(|core| core.tunnel == id)
+            .map(|core| core.id)
+            .collect();
+        for &sa in &sas {
+            self.remove_from(&mut registry, sa);
+        }
+        self.change_tunnels(|tunnels| {
+            if let Some(tunnel) = tunnels.by_id.remove(&id) {
+                tunnels.by_device.remove(&tunnel.ifindex);
+            }
+        });
+        sas
+    }
+
+    /// Installs an SA; an outbound one takes its child's packets from now on.
+    pub fn install(&self, spec: &SaSpec) -> Result<(), Rejected> {
+        let mut registry = self.registry();
+        let tunnel = self.tunnel(spec.tunnel).ok_or(Rejected::UnknownTunnel)?;
+        let key = (spec.spi, spec.outer.local);
+        if registry.sas.contains_key(&spec.id)
+            || (spec.direction == Direction::Inbound && self.inbound(key.0, key.1).is_some())
+        {
+            return Err(Rejected::Exists);
+        }
+        let words = self.words.allocate().ok_or(Rejected::Full)?;
+        let core = Arc::new(SaCore::new(spec, words)?);
+        match spec.direction {
+            Direction::Inbound => {
+                let sa = Arc::new(InboundSa::new(core, tunnel, spec.outer));
+                self.change_shard(spec.spi, |shard| {
+                    shard.insert(key, Arc::clone(&sa));
+                });
+                registry.sas.insert(spec.id, Installed::Inbound(sa));
+            }
+            Direction::Outbound => {
+                let settings = tunnel.settings.load();
+                let child = settings
+                    .children
+                    .iter()
+                    .find(|child| child.id == spec.child)
+                    .ok_or(Rejected::UnknownTunnel)?;
+                let sa = Arc::new(OutboundSa {
+                    core,
+                    template: settings.template(spec.outer),
+                });
+                child.outbound.store(Some(Arc::clone(&sa)));
+                registry.sas.insert(spec.id, Installed::Outbound(sa));
+                registry
+                    .outbound
+                    .entry((spec.tunnel, spec.child))
+                    .or_default()
+                    .push(spec.id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an SA; tells whether it was there.
+    pub fn remove(&self, id: SaId) -> bool {
+        self.remove_from(&mut self.registry(), id)
+    }
+
+    /// Moves an SA to other outer addresses; counters, keys and replay window stay.
+    pub fn move_outer(&self, id: SaId, outer: Outer) -> Result<(), Rejected> {
+        let mut registry = self.registry();
+        match registry.sas.get(&id).ok_or(Rejected::UnknownSa)? {
+            Installed::Outbound(old) => {
+                let moved = Arc::new(OutboundSa {
+                    core: Arc::clone(&old.core),
+                    template: OuterTemplate {
+                        outer,
+                        ..old.template
+                    },
+                });
+                if let Some(slot) = self.outbound_slot(&old.core)
+                    && slot.load().as_ref().is_some_and(|sa| sa.core.id == id)
+                {
+                    slot.store(Some(Arc::clone(&moved)));
+                }
+                registry.sas.insert(id, Installed::Outbound(moved));
+            }
+            Installed::Inbound(old) => {
+                let (spi, from) = (old.core.spi, old.outer.local);
+                if from != outer.local && self.inbound(spi, outer.local).is_some() {
+                    return Err(Rejected::Exists);
+                }
+                let moved = Arc::new(InboundSa::new(
+                    Arc::clone(&old.core),
+                    Arc::clone(&old.tunnel),
+                    outer,
+                ));
+                self.change_shard(spi, |shard| {
+                    shard.remove(&(spi, from));
+                    shard.insert((spi, outer.local), Arc::clone(&moved));
+                });
+                registry.sas.insert(id, Installed::Inbound(moved));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_from(&self, registry: &mut Registry, id: SaId) -> bool {
+        match registry.sas.remove(&id) {
+            None => false,
+            Some(Installed::Inbound(sa)) => {
+                let key = (sa.core.spi, sa.outer.local);
+                self.change_shard(key.0, |shard| {
+                    shard.remove(&key);
+                });
+                true
+            }
+            Some(Installed::Outbound(sa)) => {
+                let name = (sa.core.tunnel, sa.core.child);
+                let stack = registry.outbound.entry(name).or_default();
+                stack.retain(|&other| other != id);
+                // The one before takes over: of two SAs that a collision made, either may be the one to go.
+                let before = stack.last().and_then(|id| match registry.sas.get(id) {
+                    Some(Installed::Outbound(sa)) => Some(Arc::clone(sa)),
+                    _ => None,
+                });
+                if stack.is_empty() {
+                    registry.outbound.remove(&name);
+                }
+                if let Some(slot) = self.outbound_slot(&sa.core) {
+                    slot.store(before);
+                }
+                true
+            }
+        }
+    }
+
+    fn outbound_slot(&self, core: &SaCore) -> Option<Arc<ArcSwapOption<OutboundSa>>> {
+        let tunnel = self.tunnel(core.tunnel)?;
+        let settings = tunnel.settings.load();
+        let child = settings
+            .children
+            .iter()
+            .find(|child| child.id == core.child)?;
+        Some(Arc::clone(&child.outbound))
+    }
+
+    fn change_tunnels(&self, change: impl FnOnce(&mut Tunnels)) {
+        let old = self.tunnels.load();
+        let mut tunnels = Tunnels {
+            by_id: old.by_id.clone(),
+            by_device: old.by_device.clone(),
+        };
+        change(&mut tunnels);
+        self.tunnels.store(Arc::new(tunnels));
+    }
+
+    fn change_shard(
+        &self,
+        spi: Spi,
+        change: impl FnOnce(&mut HashMap<(Spi, IpAddr), Arc<InboundSa>>),
+    ) {
+        let shard = self.shard(spi);
+        let mut sas = HashMap::clone(&shard.load());
+        change(&mut sas);
+        shard.store(Arc::new(sas));
+    }
+
+    fn shard(&self, spi: Spi) -> &Shard {
+        &self.inbound[spi.0 as usize % SHARDS]
+    }
+
+    /// Taken by whoever changes anything, so that writers never overlap.
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Settings {
+    fn template(&self, outer: Outer) -> OuterTemplate {
+        OuterTemplate {
+            outer,
+            df: self.df,
+            copy_dscp: self.copy_dscp,
+        }
+    }
+}
+
+fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
+    let kept = |id: ChildId| {
+        let child = old?.children.iter().find(|child| child.id == id)?;
+        Some(Arc::clone(&child.outbound))
+    };
+    let settings = Settings {
+        name: spec.name.clone(),
+        clamp_mss: spec.clamp_mss,
+        peer: spec.routing.peer,
+        fixed_mtu: spec.mtu,
+        df: spec.df,
+        copy_dscp: spec.copy_dscp,
+        children: spec
+            .children
+            .iter()
+            .map(|trap| Child {
+                id: trap.id,
+                selectors: Selectors::new(&trap.selectors),
+                on_demand: trap.on_demand,
+                outbound: kept(trap.id).unwrap_or_default(),
+            })
+            .collect(),
+    };
+    // SAs in use carry the outer headers' settings in their template.
+    for child in &settings.children {
+        if let Some(sa) = child.outbound.load_full() {
+            child.outbound.store(Some(Arc::new(OutboundSa {
+                core: Arc::clone(&sa.core),
+                template: settings.template(sa.template.outer),
+            })));
+        }
+    }
+    settings
+}
