@@ -7,6 +7,8 @@ pub mod af_xdp;
 pub mod events;
 pub mod inbound;
 pub mod inner;
+pub mod link_layer;
+pub mod next_hop;
 pub mod outbound;
 pub mod outer;
 pub mod sa;

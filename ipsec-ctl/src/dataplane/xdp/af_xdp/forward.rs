@@ -1,0 +1,207 @@
+//! The batch loop of a worker: packets from the RX rings through a [`Handler`] into the TX rings.
+//!
+//! Moves frames, never looks into them. Every frame is at any time either free, lent to the kernel, or in the hands of
+//! this loop for the length of one packet: none is lost, whatever the handler or a full ring says.
+
+use std::{io, ops::Range};
+
+use super::{
+    ring::Descriptor,
+    socket::{QueueId, RING_SLOTS, Socket, Statistics},
+    umem::{Frame, HEADROOM, Umem},
+};
+
+/// Packets taken from one RX ring before the others have their turn.
+pub const BATCH: u32 = 64;
+/// System calls after which a batch that does not want to leave waits for the next turn.
+const MOST_KICKS: u32 = 64;
+/// Frames per socket: a full fill ring, and a full TX ring of packets that came in elsewhere.
+pub const FRAMES_PER_SOCKET: u32 = 2 * RING_SLOTS;
+
+/// What becomes of a packet.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It leaves through the socket of this index, from this range of its frame.
+    Send(usize, Range<usize>),
+    /// It is done with: delivered elsewhere, or dropped and counted.
+    Done,
+}
+
+/// What a worker does to packets.
+pub trait Handler {
+    /// Called before each batch that has packets.
+    fn begin(&mut self);
+
+    /// Handles the packet at `packet` in `frame`, received by the socket of index `socket`.
+    fn handle(&mut self, socket: usize, frame: &mut [u8], packet: Range<usize>) -> Verdict;
+
+    /// A packet could not be sent, because the ring of its socket was full or its range is outside the frame.
+    fn send_failed(&mut self);
+}
+
+/// The frames and sockets of one worker.
+#[derive(Debug)]
+pub struct Forwarder {
+    umem: Umem,
+    sockets: Vec<Socket>,
+}
+
+impl Forwarder {
+    /// Takes over sockets that were opened on this UMEM and provides them with frames to receive into.
+    pub fn new(umem: Umem, sockets: Vec<Socket>) -> Self {
+        let mut forwarder = Self { umem, sockets };
+        forwarder.refill();
+        forwarder
+    }
+
+    /// The sockets, in the order of their indices.
+    pub fn sockets(&self) -> &[Socket] {
+        &self.sockets
+    }
+
+    /// What the kernel counted for each socket.
+    pub fn statistics(&self) -> impl Iterator<Item = (QueueId, io::Result<Statistics>)> {
+        self.sockets
+            .iter()
+            .map(|socket| (socket.at(), socket.statistics()))
+    }
+
+    /// Takes what waits, at most [`BATCH`] packets of each socket, through the handler. Returns how many packets there
+    /// were.
+    pub fn batch(&mut self, handler: &mut impl Handler) -> u32 {
+        self.reap();
+        let mut packets = 0;
+        for index in 0..self.sockets.len() {
+            packets += self.receive(index, handler);
+        }
+        self.refill();
+        self.send();
+        packets
+    }
+
+    /// Whether packets wait for the kernel to take them.
+    pub fn sending(&mut self) -> bool {
+        self.sockets
+            .iter_mut()
+            .any(|socket| socket.tx.pending() > 0)
+    }
+
+    /// Sends a packet that no socket received, for instance a generated one. False: no frame or no room in the ring.
+    pub fn inject(&mut self, socket: usize, packet: &[u8]) -> bool {
+        let range = HEADROOM..HEADROOM + packet.len();
+        let Some(frame) = self.umem.allocate() else {
+            return false;
+        };
+        match self.umem.bytes(&frame).get_mut(range.clone()) {
+            Some(bytes) => bytes.copy_from_slice(packet),
+            None => {
+                self.umem.free(frame);
+                return false;
+            }
+        }
+        self.enqueue(socket, frame, range)
+    }
+
+    fn receive(&mut self, index: usize, handler: &mut impl Handler) -> u32 {
+        let mut packets = 0;
+        while packets < BATCH {
+            let Some(socket) = self.sockets.get_mut(index) else {
+                break;
+            };
+            let Some(descriptor) = socket.rx.pop() else {
+                break;
+            };
+            if packets == 0 {
+                handler.begin();
+            }
+            packets += 1;
+            self.pass(index, descriptor, handler);
+        }
+        if let Some(socket) = self.sockets.get_mut(index) {
+            socket.rx.release();
+        }
+        packets
+    }
+
+    fn pass(&mut self, index: usize, descriptor: Descriptor, handler: &mut impl Handler) {
+        let Some((frame, packet)) = self.umem.take_packet(descriptor.address, descriptor.length)
+        else {
+            return handler.send_failed();
+        };
+        match handler.handle(index, self.umem.bytes(&frame), packet) {
+            Verdict::Done => self.umem.free(frame),
+            Verdict::Send(socket, packet) => {
+                if !self.enqueue(socket, frame, packet) {
+                    handler.send_failed();
+                }
+            }
+        }
+    }
+
+    /// Puts a packet into a TX ring, or frees its frame where that is not possible.
+    fn enqueue(&mut self, socket: usize, frame: Frame, packet: Range<usize>) -> bool {
+        let length = u32::try_from(packet.len()).unwrap_or(u32::MAX);
+        let fits = length > 0 && packet.end <= self.umem.bytes(&frame).len();
+        let target = self.sockets.get_mut(socket).filter(|_| fits);
+        if let Some(target) = target
+            && target.tx.free(1) > 0
+        {
+            let address = self.umem.lend(frame, packet.start);
+            return target.tx.push(Descriptor {
+                address,
+                length,
+                options: 0,
+            });
+        }
+        self.umem.free(frame);
+        false
+    }
+
+    /// Takes back the frames of packets that were sent.
+    fn reap(&mut self) {
+        for socket in &mut self.sockets {
+            while let Some(address) = socket.completion.pop() {
+                if let Some(frame) = self.umem.take_back(address) {
+                    self.umem.free(frame);
+                }
+            }
+            socket.completion.release();
+        }
+    }
+
+    /// Fills the fill rings.
+    fn refill(&mut self) {
+        for socket in &mut self.sockets {
+            while socket.fill.free(1) > 0 {
+                let Some(frame) = self.umem.allocate() else {
+                    break;
+                };
+                // Never false: there was room, and only we push.
+                if !socket.fill.push(self.umem.lend(frame, 0)) {
+                    break;
+                }
+            }
+            socket.fill.publish();
+            socket.kick_rx();
+        }
+    }
+
+    /// Has the kernel send what is in the TX rings.
+    fn send(&mut self) {
+        for socket in &mut self.sockets {
+            if socket.tx.pending() == 0 {
+                continue;
+            }
+            socket.tx.publish();
+            for _ in 0..MOST_KICKS {
+                // An error (the interface is down) leaves the packets in the ring; once it is full, they are counted.
+                if socket.kick_tx().unwrap_or(true) {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
