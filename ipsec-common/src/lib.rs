@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), no_std)]
 #![warn(missing_docs)]
 
+pub mod maps;
 pub mod reason;
 #[cfg(not(target_arch = "bpf"))]
 pub mod replay;
@@ -11,7 +12,7 @@ pub mod selector;
 pub mod spi;
 pub mod words;
 
-pub use reason::Reason;
+pub use reason::{REASONS, Reason};
 pub use selector::TrafficSelector;
 pub use spi::Spi;
 pub use words::SaWords;
