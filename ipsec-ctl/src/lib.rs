@@ -1,7 +1,7 @@
 //! The IPsec gateway, one folder per concern.
 //!
 //! Imports between the folders point downwards in this order and never up (`cargo xtask tidy` checks it):
-//! `cli`, `api`, `config`, `ike`, `dataplane`, `esp`. `ike` and `dataplane` do not know each other.
+//! `cli`, `api`, `config`, `ike`, `dataplane`, `esp`, `net`. `ike` and `dataplane` do not know each other.
 
 pub mod api;
 pub mod cli;
@@ -9,3 +9,4 @@ pub mod config;
 pub mod dataplane;
 pub mod esp;
 pub mod ike;
+pub mod net;

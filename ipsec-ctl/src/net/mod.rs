@@ -1,0 +1,12 @@
+//! What the kernel knows and does: links, addresses, routes, rules, TUN devices, sockets, sysctls.
+//!
+//! Mechanism only. What is wanted of the kernel, and why, is decided by the data plane.
+
+pub mod netlink;
+pub mod socket;
+pub mod sysctl;
+pub mod tun;
+pub mod watch;
+
+#[cfg(test)]
+mod tests;

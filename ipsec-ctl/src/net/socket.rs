@@ -1,0 +1,250 @@
+//! Sockets on which IKE and ESP arrive, and raw ones that send whole outer packets.
+//!
+//! All are non-blocking and carry our firewall mark, which keeps what they send out of the tunnels.
+#![expect(unsafe_code, reason = "IP_MTU_DISCOVER has no safe wrapper")]
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+};
+
+use nix::{
+    cmsg_space,
+    sys::socket::{
+        ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg,
+        setsockopt, sockopt,
+    },
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Receive buffer of each socket in bytes: some milliseconds at full speed.
+const BUFFER_BYTES: usize = 4 << 20;
+
+/// What came with a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Its length in bytes.
+    pub length: usize,
+    /// Address it was sent to, and our port (0 for raw sockets).
+    pub local: SocketAddr,
+    /// Where it came from.
+    pub remote: SocketAddr,
+    /// DSCP and ECN of its IP header.
+    pub class: u8,
+}
+
+/// A socket that tells the local address of each datagram.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    port: u16,
+}
+
+impl Listener {
+    /// A UDP socket on all addresses of a family.
+    ///
+    /// # Errors
+    ///
+    /// `EADDRINUSE` if another IKE daemon runs, `EPERM` without CAP_NET_ADMIN and CAP_NET_BIND_SERVICE.
+    pub fn udp(v6: bool, port: u16, mark: u32) -> io::Result<Self> {
+        let socket = open(v6, Type::DGRAM, Protocol::UDP, mark)?;
+        let any: SocketAddr = if v6 {
+            socket.set_only_v6(true)?;
+            (Ipv6Addr::UNSPECIFIED, port).into()
+        } else {
+            // IKE messages may be fragmented on the way: that beats a black hole.
+            set_mtu_discovery(&socket, libc::IP_PMTUDISC_DONT)?;
+            (Ipv4Addr::UNSPECIFIED, port).into()
+        };
+        socket.bind(&any.into())?;
+        Ok(Self { socket, port })
+    }
+
+    /// A raw socket for ESP of a family. Without one the kernel answers ESP with ICMP protocol unreachable.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` without CAP_NET_RAW.
+    pub fn esp(v6: bool, mark: u32) -> io::Result<Self> {
+        let socket = open(v6, Type::RAW, Protocol::from(libc::IPPROTO_ESP), mark)?;
+        Ok(Self { socket, port: 0 })
+    }
+
+    /// Receives one datagram: `WouldBlock` if there is none. Raw IPv4 comes with its IP header.
+    ///
+    /// # Errors
+    ///
+    /// Those of recvmsg(2).
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<Received> {
+        let mut control = cmsg_space!(libc::in6_pktinfo, libc::in_pktinfo, libc::c_int);
+        let mut slices = [io::IoSliceMut::new(buffer)];
+        let message = recvmsg::<SockaddrStorage>(
+            self.socket.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            MsgFlags::empty(),
+        )?;
+        let remote = message
+            .address
+            .as_ref()
+            .and_then(address)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        let mut local = SocketAddr::new(
+            if remote.is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            },
+            self.port,
+        );
+        let mut class = 0;
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::Ipv4PacketInfo(info) => {
+                    local.set_ip(Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)).into());
+                }
+                ControlMessageOwned::Ipv6PacketInfo(info) => {
+                    local.set_ip(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+                }
+                ControlMessageOwned::Ipv4Tos(tos) => class = tos,
+                ControlMessageOwned::Ipv6TClass(value) => {
+                    class = u8::try_from(value).unwrap_or_default();
+                }
+                _ => {}
+            }
+        }
+        Ok(Received {
+            length: message.bytes,
+            local,
+            remote,
+            class,
+        })
+    }
+
+    /// Sends a datagram from one of our addresses.
+    ///
+    /// # Errors
+    ///
+    /// Those of sendmsg(2).
+    pub fn send(&self, from: IpAddr, to: SocketAddr, parts: &[&[u8]]) -> io::Result<()> {
+        let slices: Vec<io::IoSlice<'_>> =
+            parts.iter().map(|part| io::IoSlice::new(part)).collect();
+        let (v4, v6);
+        let control = match from {
+            IpAddr::V4(from) => {
+                v4 = libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr {
+                        s_addr: u32::from(from).to_be(),
+                    },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                };
+                ControlMessage::Ipv4PacketInfo(&v4)
+            }
+            IpAddr::V6(from) => {
+                v6 = libc::in6_pktinfo {
+                    ipi6_addr: libc::in6_addr {
+                        s6_addr: from.octets(),
+                    },
+                    ipi6_ifindex: 0,
+                };
+                ControlMessage::Ipv6PacketInfo(&v6)
+            }
+        };
+        sendmsg(
+            self.socket.as_raw_fd(),
+            &slices,
+            &[control],
+            MsgFlags::empty(),
+            Some(&SockaddrStorage::from(to)),
+        )?;
+        Ok(())
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Sends whole IP packets, header included.
+#[derive(Debug)]
+pub struct RawSender {
+    socket: Socket,
+}
+
+impl RawSender {
+    /// A sender for a family.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` without CAP_NET_RAW.
+    pub fn new(v6: bool, mark: u32) -> io::Result<Self> {
+        let socket = open(v6, Type::RAW, Protocol::from(libc::IPPROTO_RAW), mark)?;
+        if v6 {
+            socket.set_header_included_v6(true)?;
+        } else {
+            socket.set_header_included_v4(true)?;
+            // Our header says whether the packet may be fragmented, and the kernel must not think otherwise.
+            set_mtu_discovery(&socket, libc::IP_PMTUDISC_PROBE)?;
+        }
+        Ok(Self { socket })
+    }
+
+    /// Sends one packet.
+    ///
+    /// # Errors
+    ///
+    /// `EMSGSIZE` for one that is longer than the link takes, and others of sendto(2).
+    pub fn send(&self, to: IpAddr, packet: &[u8]) -> io::Result<()> {
+        let to = SocketAddr::new(to, 0);
+        self.socket.send_to(packet, &to.into()).map(|_| ())
+    }
+}
+
+fn open(v6: bool, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socket> {
+    let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+    let socket = Socket::new(domain, kind.nonblocking().cloexec(), Some(protocol))?;
+    socket.set_mark(mark)?;
+    // A smaller buffer only loses packets earlier, under a load that nobody should have.
+    let _ = socket.set_recv_buffer_size(BUFFER_BYTES);
+    if v6 {
+        setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+        setsockopt(&socket, sockopt::Ipv6RecvTClass, &true)?;
+    } else {
+        setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+        setsockopt(&socket, sockopt::IpRecvTos, &true)?;
+    }
+    Ok(socket)
+}
+
+/// Whether the kernel discovers the path MTU for this socket (ip(7)).
+fn set_mtu_discovery(socket: &Socket, value: libc::c_int) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of::<libc::c_int>())
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the descriptor is open, and the option is an integer that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            (&raw const value).cast(),
+            length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn address(storage: &SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = storage.as_sockaddr_in() {
+        return Some(SocketAddrV4::new(v4.ip(), v4.port()).into());
+    }
+    storage
+        .as_sockaddr_in6()
+        .map(|v6| SocketAddrV6::new(v6.ip(), v6.port(), 0, 0).into())
+}
