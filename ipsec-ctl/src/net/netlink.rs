@@ -310,7 +310,31 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn our_routes(&self) -> Result<Vec<Route>, NetlinkError> {
-        let mut ours = Vec::new();
+        let routes = self.routes().await?;
+        Ok(routes
+            .iter()
+            .filter(|route| route.header.protocol == RouteProtocol::from(ORIGIN))
+            .filter_map(route_of)
+            .collect())
+    }
+
+    /// The routes of a table that are not ours.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`].
+    pub async fn other_routes(&self, table: u32) -> Result<Vec<Route>, NetlinkError> {
+        let routes = self.routes().await?;
+        Ok(routes
+            .iter()
+            .filter(|route| route.header.protocol != RouteProtocol::from(ORIGIN))
+            .filter_map(route_of)
+            .filter(|route| route.table == table)
+            .collect())
+    }
+
+    async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let mut found = Vec::new();
         for message in [
             RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
             RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
@@ -323,14 +347,9 @@ impl Netlink {
                 .try_collect()
                 .await
                 .map_err(|error| NetlinkError::new("list routes", &error))?;
-            ours.extend(
-                routes
-                    .iter()
-                    .filter(|route| route.header.protocol == RouteProtocol::from(ORIGIN))
-                    .filter_map(route_of),
-            );
+            found.extend(routes);
         }
-        Ok(ours)
+        Ok(found)
     }
 
     /// Adds a rule; it may be there already.

@@ -1,4 +1,12 @@
 //! Routes, rules and backstops of the tunnels: what must never loop or leak.
+//!
+//! [`plan`] decides from plain values what the kernel should have; [`Routing`] compares that with what carries our
+//! origin there and changes the difference, backstops first. Everything stays when the process ends.
+
+mod apply;
+pub mod plan;
+
+pub use apply::{Routing, release};
 
 use std::net::IpAddr;
 

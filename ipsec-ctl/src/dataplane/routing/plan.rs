@@ -1,0 +1,343 @@
+//! Which routes and rules the tunnels need: a pure function of the configuration and of the kernel's addresses.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use ipnet::IpNet;
+
+use super::{RoutesMode, RoutingSpec};
+use crate::net::netlink::{Route, Rule, Target};
+
+/// The kernel's main table.
+pub const MAIN: u32 = 254;
+/// Our tables for prefixes of length 0 begin here, one for each tunnel.
+const FIRST_TABLE: u32 = 0x4958_0000;
+/// Metric of routes into tunnels: better than what routing daemons install, worse than what an operator does by hand.
+const TUNNEL_METRIC: u32 = 50;
+/// Metric of backstops: the last resort.
+const BACKSTOP_METRIC: u32 = 4_000_000_000;
+/// Rules, in the order in which they are asked.
+const TO_PEER: u32 = 5200;
+const OUR_MARK: u32 = 5210;
+const SPECIFIC: u32 = 5220;
+const TUNNELS: u32 = 5230;
+
+/// A tunnel that wants routes.
+#[derive(Clone, Debug)]
+pub struct Wants<'a> {
+    /// Number of its own table, distinct among the tunnels.
+    pub number: u32,
+    /// Index of its device; none before there is one, so that only the backstop is planned.
+    pub device: Option<u32>,
+    /// What it wants.
+    pub spec: &'a RoutingSpec,
+}
+
+/// What the kernel has that the plan depends on.
+#[derive(Clone, Debug, Default)]
+pub struct Kernel {
+    /// Addresses of this host.
+    pub addresses: Vec<IpAddr>,
+    /// Routes of the main table that are not ours.
+    pub routes: Vec<Route>,
+    /// Mark of our own packets.
+    pub mark: u32,
+}
+
+/// What the kernel should have of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Routes.
+    pub routes: BTreeSet<Route>,
+    /// Rules.
+    pub rules: BTreeSet<Rule>,
+    /// Peers that only a tunnel of ours leads to: nothing may be sent to them.
+    pub unreachable: Vec<IpAddr>,
+}
+
+/// Plans for all tunnels at once, for what one protects may be where another's peer is.
+pub fn plan(tunnels: &[Wants<'_>], kernel: &Kernel) -> Plan {
+    let mut plan = Plan::default();
+    for tunnel in tunnels {
+        if tunnel.spec.mode == RoutesMode::Manual {
+            continue;
+        }
+        for prefix in &tunnel.spec.remote {
+            plan.protect(tunnel, *prefix, kernel);
+        }
+        for bypass in &tunnel.spec.bypass {
+            plan.bypass(*bypass, kernel);
+        }
+    }
+    for peer in tunnels.iter().filter_map(|tunnel| tunnel.spec.peer) {
+        plan.reach(peer, kernel);
+    }
+    plan
+}
+
+impl Plan {
+    /// The route of a prefix and the backstop behind it.
+    fn protect(&mut self, tunnel: &Wants<'_>, prefix: IpNet, kernel: &Kernel) {
+        // A default route in the main table would compete with the host's own, whichever metric it has: either our IKE
+        // goes into the tunnel, or plaintext goes past it.
+        let table = if prefix.prefix_len() == 0 {
+            self.divert(tunnel, prefix, kernel);
+            FIRST_TABLE + tunnel.number
+        } else {
+            MAIN
+        };
+        self.routes.insert(Route {
+            prefix,
+            table,
+            metric: BACKSTOP_METRIC,
+            target: Target::Blackhole,
+            source: None,
+        });
+        if let Some(device) = tunnel.device {
+            self.routes.insert(Route {
+                prefix,
+                table,
+                metric: TUNNEL_METRIC,
+                target: Target::Device(device, None),
+                source: source(tunnel.spec, prefix, kernel),
+            });
+        }
+    }
+
+    /// The rules that lead everything but our own packets and more specific routes into the tunnel's own table.
+    fn divert(&mut self, tunnel: &Wants<'_>, prefix: IpNet, kernel: &Kernel) {
+        let v6 = prefix.addr().is_ipv6();
+        let rule = |priority, table| Rule {
+            priority,
+            v6,
+            from: None,
+            to: None,
+            mark: None,
+            table,
+            suppress: None,
+        };
+        // Also asked when the kernel checks the way back to the source of the peer's packets (rp_filter).
+        if let Some(peer) = tunnel.spec.peer.filter(|peer| peer.is_ipv6() == v6) {
+            self.rules.insert(Rule {
+                from: tunnel.spec.outer_local.map(IpNet::from),
+                to: Some(IpNet::from(peer)),
+                ..rule(TO_PEER, MAIN)
+            });
+        }
+        self.rules.insert(Rule {
+            mark: Some(kernel.mark),
+            ..rule(OUR_MARK, MAIN)
+        });
+        self.rules.insert(Rule {
+            suppress: Some(0),
+            ..rule(SPECIFIC, MAIN)
+        });
+        let table = FIRST_TABLE + tunnel.number;
+        let locals: Vec<&IpNet> = tunnel
+            .spec
+            .local
+            .iter()
+            .filter(|local| local.addr().is_ipv6() == v6)
+            .collect();
+        for local in locals {
+            self.rules.insert(Rule {
+                from: (local.prefix_len() > 0).then_some(*local),
+                ..rule(TUNNELS, table)
+            });
+        }
+    }
+
+    /// A bypassed prefix goes the way it would go without us.
+    fn bypass(&mut self, prefix: IpNet, kernel: &Kernel) {
+        if let Some(other) = best(prefix.network(), &kernel.routes) {
+            self.routes.insert(Route {
+                prefix,
+                table: MAIN,
+                metric: TUNNEL_METRIC,
+                target: other.target,
+                source: other.source,
+            });
+        }
+    }
+
+    /// A peer inside a protected prefix of the main table is reached by the best next hop that is not ours.
+    fn reach(&mut self, peer: IpAddr, kernel: &Kernel) {
+        let swallowed = self
+            .routes
+            .iter()
+            .any(|route| route.table == MAIN && route.prefix.contains(&peer));
+        if !swallowed {
+            return;
+        }
+        match best(peer, &kernel.routes) {
+            Some(other) => {
+                self.routes.insert(Route {
+                    prefix: IpNet::from(peer),
+                    table: MAIN,
+                    metric: TUNNEL_METRIC,
+                    target: other.target,
+                    source: other.source,
+                });
+            }
+            None => self.unreachable.push(peer),
+        }
+    }
+}
+
+/// The route that the kernel would take without us: the longest prefix, then the lowest metric.
+fn best(destination: IpAddr, routes: &[Route]) -> Option<&Route> {
+    routes
+        .iter()
+        .filter(|route| route.prefix.contains(&destination))
+        .min_by_key(|route| (u8::MAX - route.prefix.prefix_len(), route.metric))
+        .filter(|route| route.target != Target::Blackhole)
+}
+
+/// Our address inside the local selectors: what local packets must come from to match a selector at all.
+fn source(spec: &RoutingSpec, prefix: IpNet, kernel: &Kernel) -> Option<IpAddr> {
+    let v6 = prefix.addr().is_ipv6();
+    let inside = |address: &&IpAddr| {
+        address.is_ipv6() == v6
+            && !address.is_loopback()
+            && spec.local.iter().any(|local| local.contains(*address))
+    };
+    let own = spec.addresses.iter().map(IpNet::addr);
+    own.clone()
+        .find(|address| inside(&address))
+        .or_else(|| {
+            kernel
+                .addresses
+                .iter()
+                // With 0.0.0.0/0 every address is inside, and the outer one is the worst choice of all.
+                .filter(|address| Some(**address) != spec.outer_local)
+                .find(inside)
+                .copied()
+        })
+        .filter(|_| spec.local.iter().all(|local| local.prefix_len() > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(remote: &[&str], local: &[&str], peer: &str) -> RoutingSpec {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        RoutingSpec {
+            mode: RoutesMode::Selectors,
+            remote: nets(remote),
+            local: nets(local),
+            peer: Some(peer.parse().unwrap()),
+            outer_local: Some("192.0.2.1".parse().unwrap()),
+            addresses: Vec::new(),
+            bypass: Vec::new(),
+        }
+    }
+
+    fn wants(spec: &RoutingSpec) -> Wants<'_> {
+        Wants {
+            number: 3,
+            device: Some(9),
+            spec,
+        }
+    }
+
+    fn kernel() -> Kernel {
+        Kernel {
+            addresses: vec!["192.0.2.1".parse().unwrap(), "10.1.0.1".parse().unwrap()],
+            routes: vec![Route {
+                prefix: "0.0.0.0/0".parse().unwrap(),
+                table: MAIN,
+                metric: 0,
+                target: Target::Device(2, Some("192.0.2.254".parse().unwrap())),
+                source: None,
+            }],
+            mark: 0x4958,
+        }
+    }
+
+    fn find<'a>(plan: &'a Plan, prefix: &str, target: Target) -> Option<&'a Route> {
+        plan.routes
+            .iter()
+            .find(|route| route.prefix.to_string() == prefix && route.target == target)
+    }
+
+    #[test]
+    fn a_prefix_has_its_route_and_a_backstop_behind_it() {
+        let spec = spec(&["10.2.0.0/24"], &["10.1.0.0/24"], "203.0.113.9");
+        let plan = plan(&[wants(&spec)], &kernel());
+        let route = find(&plan, "10.2.0.0/24", Target::Device(9, None)).unwrap();
+        let backstop = find(&plan, "10.2.0.0/24", Target::Blackhole).unwrap();
+        assert!(route.metric < backstop.metric);
+        assert_eq!(route.source, Some("10.1.0.1".parse().unwrap()));
+        assert!(plan.rules.is_empty());
+        assert_eq!(plan.routes.len(), 2);
+    }
+
+    #[test]
+    fn without_a_device_only_the_backstop_stands() {
+        let spec = spec(&["10.2.0.0/24"], &["10.1.0.0/24"], "203.0.113.9");
+        let mut tunnel = wants(&spec);
+        tunnel.device = None;
+        let plan = plan(&[tunnel], &kernel());
+        assert_eq!(plan.routes.len(), 1);
+        assert!(find(&plan, "10.2.0.0/24", Target::Blackhole).is_some());
+    }
+
+    #[test]
+    fn a_default_prefix_never_enters_the_main_table_and_our_own_packets_never_the_tunnel() {
+        let spec = spec(&["0.0.0.0/0"], &["0.0.0.0/0"], "203.0.113.9");
+        let plan = plan(&[wants(&spec)], &kernel());
+        assert!(
+            plan.routes
+                .iter()
+                .all(|route| route.table == FIRST_TABLE + 3)
+        );
+        let order: Vec<(u32, u32)> = plan
+            .rules
+            .iter()
+            .map(|rule| (rule.priority, rule.table))
+            .collect();
+        assert_eq!(
+            order,
+            [
+                (TO_PEER, MAIN),
+                (OUR_MARK, MAIN),
+                (SPECIFIC, MAIN),
+                (TUNNELS, FIRST_TABLE + 3)
+            ]
+        );
+        assert!(plan.rules.iter().any(|rule| rule.mark == Some(0x4958)));
+        assert!(plan.rules.iter().any(|rule| rule.suppress == Some(0)));
+    }
+
+    #[test]
+    fn a_peer_inside_a_protected_prefix_is_reached_past_the_tunnel() {
+        let spec = spec(&["203.0.113.0/24"], &["10.1.0.0/24"], "203.0.113.9");
+        let plan = plan(&[wants(&spec)], &kernel());
+        let past = Target::Device(2, Some("192.0.2.254".parse().unwrap()));
+        assert!(find(&plan, "203.0.113.9/32", past).is_some());
+        assert!(plan.unreachable.is_empty());
+
+        let nowhere = Kernel {
+            routes: Vec::new(),
+            ..kernel()
+        };
+        let plan = super::plan(&[wants(&spec)], &nowhere);
+        assert_eq!(plan.unreachable, ["203.0.113.9".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_bypassed_prefix_goes_the_way_it_would_go_without_us() {
+        let mut spec = spec(&["10.0.0.0/8"], &["172.16.0.0/24"], "203.0.113.9");
+        spec.bypass = vec!["10.5.0.0/16".parse().unwrap()];
+        let plan = plan(&[wants(&spec)], &kernel());
+        let past = Target::Device(2, Some("192.0.2.254".parse().unwrap()));
+        assert!(find(&plan, "10.5.0.0/16", past).is_some());
+    }
+
+    #[test]
+    fn a_routing_daemon_is_left_alone() {
+        let mut spec = spec(&["10.2.0.0/24"], &["10.1.0.0/24"], "203.0.113.9");
+        spec.mode = RoutesMode::Manual;
+        assert_eq!(plan(&[wants(&spec)], &kernel()), Plan::default());
+    }
+}
