@@ -2,6 +2,7 @@
 //!
 //! Mechanism only. What is wanted of the kernel, and why, is decided by the data plane.
 
+pub mod forwarding;
 pub mod netlink;
 pub mod socket;
 pub mod sysctl;

@@ -28,7 +28,7 @@ pub struct NetlinkError {
 }
 
 impl NetlinkError {
-    fn new(step: impl Into<String>, error: &rtnetlink::Error) -> Self {
+    pub(super) fn new(step: impl Into<String>, error: &rtnetlink::Error) -> Self {
         let errno = match error {
             rtnetlink::Error::NetlinkError(message) => message.code.map(|code| -code.get()),
             _ => None,
@@ -128,7 +128,7 @@ pub struct Way {
 /// A connection to the kernel of the network namespace that it was opened in.
 #[derive(Clone, Debug)]
 pub struct Netlink {
-    handle: Handle,
+    pub(super) handle: Handle,
 }
 
 impl Netlink {
@@ -473,7 +473,7 @@ impl Netlink {
     }
 }
 
-fn unusable(error: &dyn std::fmt::Display) -> NetlinkError {
+pub(super) fn unusable(error: &dyn std::fmt::Display) -> NetlinkError {
     NetlinkError {
         step: "describe a route".to_owned(),
         reason: error.to_string(),
