@@ -105,12 +105,12 @@ impl Tun {
         (&self.file).write(packet).map(|_| ())
     }
 
-    /// Removes the device with its routes and addresses.
+    /// Removes the device with its routes and addresses, as soon as nobody has it open any more.
     ///
     /// # Errors
     ///
     /// Those of the ioctl.
-    pub fn remove(self) -> io::Result<()> {
+    pub fn remove(&self) -> io::Result<()> {
         self.persist(false)
     }
 }

@@ -14,4 +14,4 @@ pub use command::{
 };
 pub use event::{Event, Flow, LifetimeKind};
 pub use ledger::{Ledger, Offload, OffloadReason, Rejected};
-pub use stats::{PathCounters, SaStats};
+pub use stats::{InterfaceStatus, PathCounters, SaStats, XdpMode};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::SaId;
+use super::{OffloadReason, SaId};
 
 /// Packets and bytes of inner traffic that took one path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,4 +28,29 @@ pub struct SaStats {
     pub replayed: u64,
     /// Packets whose ICV was wrong.
     pub forged: u64,
+}
+
+/// What an engine does on one interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Its name.
+    pub name: String,
+    /// How the XDP program is attached, if it is.
+    pub xdp: Option<XdpMode>,
+    /// Whether packets reach the workers without a copy.
+    pub zero_copy: bool,
+    /// Receive queues that have an AF_XDP socket.
+    pub queues: u32,
+    /// Why it has no fast path, if it has none.
+    pub reason: Option<OffloadReason>,
+}
+
+/// Where an XDP program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum XdpMode {
+    /// In the driver.
+    Native,
+    /// In the network stack, for drivers without XDP.
+    Generic,
 }

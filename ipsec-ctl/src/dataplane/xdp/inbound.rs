@@ -12,7 +12,7 @@ use ipsec_common::{Reason, Spi, replay};
 
 use super::{
     events::{Events, RateLimit},
-    inner::{Inner, clamp_mss, decapsulate_ecn, decrement_ttl, set_ecn},
+    inner::{Inner, clamp_mss, decapsulate_ecn, set_ecn},
     sa::{InboundSa, Origin},
     selectors::Match,
     table::{Tables, Tunnel},
@@ -42,6 +42,9 @@ pub enum Inbound {
     Deliver {
         /// Its place in the frame.
         packet: Range<usize>,
+        /// What it is. Its TTL is still as it arrived: who routes it decrements it, and the kernel does so itself with
+        /// what a TUN device received.
+        inner: Inner,
         /// The tunnel that it came out of.
         tunnel: Arc<Tunnel>,
     },
@@ -86,8 +89,9 @@ impl InboundPipeline {
             return Inbound::Drop(Reason::UnknownSpi);
         };
         match self.open(&sa, sequence, frame, esp, arrival, origin, now) {
-            Ok(Some(packet)) => Inbound::Deliver {
+            Ok(Some((packet, inner))) => Inbound::Deliver {
                 packet,
+                inner,
                 tunnel: Arc::clone(&sa.tunnel),
             },
             Ok(None) => Inbound::Dummy,
@@ -114,7 +118,7 @@ impl InboundPipeline {
         arrival: &Arrival,
         origin: Origin,
         now: u64,
-    ) -> Result<Option<Range<usize>>, Reason> {
+    ) -> Result<Option<(Range<usize>, Inner)>, Reason> {
         let core = &sa.core;
         core.admit(&self.events)?;
         // RFC 4303 section 3.4.3: look before the ICV is verified, record after it.
@@ -141,7 +145,7 @@ impl InboundPipeline {
         let bytes = frame
             .get_mut(opened.payload.clone())
             .ok_or(Reason::BadInner)?;
-        let inner = Inner::parse(bytes).map_err(|_| Reason::BadInner)?;
+        let mut inner = Inner::parse(bytes).map_err(|_| Reason::BadInner)?;
         if inner.next_header() != opened.next_header {
             return Err(Reason::BadInner);
         }
@@ -152,18 +156,15 @@ impl InboundPipeline {
             Match::NeedsPorts => return Err(Reason::FragmentPorts),
         }
         let ecn = decapsulate_ecn(inner.tos, arrival.tos).ok_or(Reason::EcnInvalid)?;
-        set_ecn(bytes, &inner, ecn);
-        // On the slow path the kernel decrements it when it forwards what the TUN device received.
-        if origin == Origin::Fast && !decrement_ttl(bytes, &inner) {
-            return Err(Reason::TtlExpired);
-        }
+        set_ecn(bytes, &mut inner, ecn);
         if sa.tunnel.settings.load().clamp_mss {
             clamp_mss(bytes, &inner, sa.tunnel.mtu());
         }
         core.account(origin, inner.bytes, now, &self.events);
-        Ok(Some(
+        Ok(Some((
             opened.payload.start..opened.payload.start + inner.bytes,
-        ))
+            inner,
+        )))
     }
 
     fn report_unknown(&self, spi: Spi, arrival: &Arrival, now: u64) {

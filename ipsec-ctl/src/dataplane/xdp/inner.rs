@@ -179,12 +179,13 @@ pub fn decapsulate_ecn(inner: u8, outer: u8) -> Option<u8> {
     }
 }
 
-/// Writes the ECN field of a parsed packet.
-pub fn set_ecn(packet: &mut [u8], inner: &Inner, ecn: u8) {
+/// Writes the ECN field of a parsed packet, and notes it in `inner`.
+pub fn set_ecn(packet: &mut [u8], inner: &mut Inner, ecn: u8) {
     if inner.tos & 3 == ecn {
         return;
     }
     let tos = inner.tos & !3 | ecn;
+    inner.tos = tos;
     if inner.is_v6() {
         if let Some(byte) = packet.get_mut(1) {
             *byte = *byte & 0x0f | tos << 4;

@@ -4,15 +4,21 @@
 //! around it.
 
 pub mod af_xdp;
+pub mod counters;
+pub mod engine;
 pub mod events;
+pub mod fragment;
+pub mod icmp;
 pub mod inbound;
 pub mod inner;
 pub mod link_layer;
 pub mod next_hop;
 pub mod outbound;
 pub mod outer;
+pub mod path_mtu;
 pub mod sa;
 pub mod selectors;
+pub mod slow;
 pub mod table;
 pub mod words;
 

@@ -52,6 +52,7 @@ pub struct Sealed {
 pub struct OutboundPipeline {
     events: Events,
     acquires: RateLimit<(TunnelId, ChildId)>,
+    recursions: RateLimit<TunnelId>,
 }
 
 impl OutboundPipeline {
@@ -60,6 +61,7 @@ impl OutboundPipeline {
         Self {
             events,
             acquires: RateLimit::new(1, 65_536),
+            recursions: RateLimit::new(10, 65_536),
         }
     }
 
@@ -80,6 +82,10 @@ impl OutboundPipeline {
             return Outbound::Drop(Reason::Malformed);
         };
         let settings = tunnel.settings.load();
+        if settings.is_own_esp(&packet.flow) {
+            self.report_recursion(tunnel, &packet.flow, now);
+            return Outbound::Drop(Reason::RecursiveRoute);
+        }
         let sa = match self.select(tunnel, &settings, &packet.flow, now) {
             Ok(sa) => sa,
             Err(reason) => return Outbound::Drop(reason),
@@ -130,6 +136,15 @@ impl OutboundPipeline {
             outer: sa.template.outer,
             tos: sa.template.tos(inner),
         })
+    }
+
+    fn report_recursion(&self, tunnel: &Tunnel, flow: &Flow, now: u64) {
+        if self.recursions.pass(tunnel.id, now) {
+            self.events.send(Event::RecursiveRoute {
+                tunnel: tunnel.id,
+                remote: flow.destination,
+            });
+        }
     }
 
     /// The SA of the first child that the packet belongs to.

@@ -18,7 +18,7 @@ use ipsec_common::Spi;
 use super::{
     outer::OuterTemplate,
     sa::{InboundSa, OutboundSa, SaCore},
-    selectors::Selectors,
+    selectors::{Flow, Selectors},
     words::WordsArray,
 };
 use crate::dataplane::seam::{
@@ -409,6 +409,27 @@ impl Tables {
 }
 
 impl Settings {
+    /// Whether a packet that was routed into the tunnel is one that we sent to the tunnel's own peer.
+    pub fn is_own_esp(&self, flow: &Flow) -> bool {
+        const ESP: u8 = 50;
+        const UDP: u8 = 17;
+        match (flow.protocol, flow.ports) {
+            (ESP, _) => self.is_outer_pair(flow, None),
+            (UDP, Some((source_port, _))) => self.is_outer_pair(flow, Some(source_port)),
+            _ => false,
+        }
+    }
+
+    fn is_outer_pair(&self, flow: &Flow, port: Option<u16>) -> bool {
+        self.children.iter().any(|child| {
+            child.outbound.load().as_ref().is_some_and(|sa| {
+                let outer = &sa.template.outer;
+                (outer.local, outer.remote) == (flow.source, flow.destination)
+                    && outer.encap.map(|encap| encap.local_port) == port
+            })
+        })
+    }
+
     fn template(&self, outer: Outer) -> OuterTemplate {
         OuterTemplate {
             outer,

@@ -1,0 +1,500 @@
+//! The engine as the daemon knows it: commands, events and counters in front of tables, devices, routes and threads.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use ipsec_common::{Reason, maps::SA_SLOTS};
+use tokio::{
+    sync::{Mutex, Notify, mpsc},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep},
+};
+
+use super::{
+    events::Events,
+    inbound::InboundPipeline,
+    outbound::OutboundPipeline,
+    path_mtu::{MTU_WITHOUT_SA, PathMtus},
+    slow::{SlowPath, Threads, devices::Device, monotonic_seconds, sockets::Sockets},
+    table::{Tables, Tunnel},
+    words::WordsArray,
+};
+use crate::{
+    dataplane::{
+        routing::Routing,
+        seam::{
+            Command, Direction, Event, InterfaceStatus, Ledger, Offload, OffloadReason, Outer,
+            Rejected, SaSpec, SaStats, TunnelId, TunnelSpec,
+        },
+    },
+    net::{
+        netlink::{Link, Netlink, NetlinkError},
+        sysctl,
+        tun::Tun,
+        watch,
+    },
+};
+
+/// Events that wait for the daemon at most.
+const EVENT_QUEUE: usize = 8192;
+/// After a change the kernel often reports more of them: they are seen to together.
+const SETTLE: Duration = Duration::from_millis(50);
+/// How often ageing and doubts about path MTUs are looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What an engine is started with.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Tells engines on one host apart.
+    pub instance: String,
+    /// Firewall mark of all that the engine sends.
+    pub mark: u32,
+    /// UDP port of IKE, 500.
+    pub ike_port: u16,
+    /// UDP port of IKE and ESP behind NAT, 4500.
+    pub nat_port: u16,
+    /// Names of the interfaces that may carry the XDP program; all that can, if there are none.
+    pub interfaces: Option<Vec<String>>,
+    /// Number of AF_XDP workers, or as many as there are processors.
+    pub workers: Option<u16>,
+    /// Workers never sleep.
+    pub busy_poll: bool,
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}: {source}")]
+pub struct StartError {
+    /// What was being done.
+    pub step: &'static str,
+    /// What the kernel said.
+    #[source]
+    pub source: io::Error,
+}
+
+/// A running engine.
+pub struct Engine {
+    inner: Arc<Inner>,
+    threads: Threads,
+    keeper: JoinHandle<()>,
+}
+
+struct Inner {
+    config: EngineConfig,
+    tables: Arc<Tables>,
+    slow: Arc<SlowPath>,
+    events: Events,
+    netlink: Netlink,
+    control: Mutex<Control>,
+    /// Links as of the last change, by index.
+    links: RwLock<HashMap<u32, Link>>,
+    /// Asks the keeper to bring routes in order.
+    dirty: Notify,
+}
+
+/// What commands change, one at a time.
+struct Control {
+    tunnels: HashMap<TunnelId, Configured>,
+    routing: Routing,
+}
+
+struct Configured {
+    spec: TunnelSpec,
+    tun: Arc<Tun>,
+    tunnel: Arc<Tunnel>,
+}
+
+impl Engine {
+    /// Opens sockets in the network namespace that the caller is in, and starts the threads. Events come out of the
+    /// receiver.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub async fn start(config: EngineConfig) -> Result<(Self, mpsc::Receiver<Event>), StartError> {
+        let at = |step| move |source| StartError { step, source };
+        let (events, receiver) = Events::channel(EVENT_QUEUE);
+        let words = WordsArray::anonymous(SA_SLOTS).map_err(at("map memory for SAs"))?;
+        let tables = Arc::new(Tables::new(words));
+        let sockets = Sockets::open(config.ike_port, config.nat_port, config.mark)
+            .map_err(at("open the sockets of IKE and ESP"))?;
+        let slow = SlowPath::new(
+            sockets,
+            OutboundPipeline::new(events.clone()),
+            InboundPipeline::new(Arc::clone(&tables), events.clone()),
+            Arc::new(PathMtus::default()),
+            events.clone(),
+        )
+        .map_err(at("prepare the slow path"))?;
+        let netlink = Netlink::open().map_err(at("open a netlink socket"))?;
+        let changes = watch::start().map_err(at("watch links and routes"))?;
+        let inner = Arc::new(Inner {
+            control: Mutex::new(Control {
+                tunnels: HashMap::new(),
+                routing: Routing::new(netlink.clone(), config.mark),
+            }),
+            config,
+            tables,
+            slow: Arc::new(slow),
+            events,
+            netlink,
+            links: RwLock::default(),
+            dirty: Notify::new(),
+        });
+        if let Err(error) = inner.read_links().await {
+            return Err(StartError {
+                step: "list links",
+                source: io::Error::other(error),
+            });
+        }
+        let threads = inner.slow.start().map_err(at("start threads"))?;
+        let keeper = tokio::spawn(keep(Arc::clone(&inner), changes));
+        let engine = Self {
+            inner,
+            threads,
+            keeper,
+        };
+        Ok((engine, receiver))
+    }
+
+    /// Does what the daemon asks.
+    ///
+    /// # Errors
+    ///
+    /// [`Rejected`], with nothing changed.
+    pub async fn command(&self, command: Command) -> Result<Option<Ledger>, Rejected> {
+        let inner = &self.inner;
+        match command {
+            Command::SetTunnel(spec) => inner.set_tunnel(*spec).await.map(|()| None),
+            Command::RemoveTunnel(id) => inner.remove_tunnel(id).await.map(|()| None),
+            Command::Install(spec) => inner.install(&spec).await.map(Some),
+            Command::Remove(id) => {
+                let tunnel = inner.tables.outbound_by_id(id).map(|sa| sa.core.tunnel);
+                inner.tables.remove(id);
+                if let Some(tunnel) = tunnel.and_then(|tunnel| inner.tables.tunnel(tunnel)) {
+                    inner.fit_mtu(&tunnel).await;
+                }
+                Ok(None)
+            }
+            Command::MoveOuter(id, outer) => {
+                inner.tables.move_outer(id, outer)?;
+                if let Some(sa) = inner.tables.outbound_by_id(id) {
+                    inner.ask_path(&outer).await;
+                    if let Some(tunnel) = inner.tables.tunnel(sa.core.tunnel) {
+                        inner.fit_mtu(&tunnel).await;
+                    }
+                }
+                Ok(None)
+            }
+            Command::SendIke(datagram) => inner
+                .slow
+                .sockets
+                .send_ike(&datagram)
+                .map(|()| None)
+                .map_err(|error| kernel("send an IKE message", &error)),
+            Command::SetCarrier(id, on) => {
+                let device = inner.slow.devices.get(id).ok_or(Rejected::UnknownTunnel)?;
+                device
+                    .tun
+                    .set_carrier(on)
+                    .map(|()| None)
+                    .map_err(|error| kernel("set the carrier", &error))
+            }
+        }
+    }
+
+    /// Counters of all SAs, in the order of their ids.
+    pub fn sa_stats(&self) -> Vec<SaStats> {
+        self.inner.tables.stats()
+    }
+
+    /// Packets by reason.
+    pub fn counters(&self) -> Vec<(Reason, u64)> {
+        Reason::ALL
+            .iter()
+            .map(|&reason| (reason, self.inner.slow.counters.get(reason)))
+            .collect()
+    }
+
+    /// What is done on which interface.
+    pub fn interfaces(&self) -> Vec<InterfaceStatus> {
+        let wanted = self.inner.config.interfaces.as_ref();
+        let links = self
+            .inner
+            .links
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut interfaces: Vec<_> = links
+            .values()
+            .filter(|link| !link.loopback && link.kind.as_deref() != Some("tun"))
+            .filter(|link| wanted.is_none_or(|names| names.contains(&link.name)))
+            .map(|link| InterfaceStatus {
+                name: link.name.clone(),
+                xdp: None,
+                zero_copy: false,
+                queues: 0,
+                reason: Some(OffloadReason::NoXdp),
+            })
+            .collect();
+        interfaces.sort_by(|one, other| one.name.cmp(&other.name));
+        interfaces
+    }
+
+    /// Stops the threads. Devices, routes and rules stay, so that nothing protected leaves in the clear.
+    pub async fn stop(self) {
+        self.keeper.abort();
+        let threads = self.threads;
+        // They look up ten times a second.
+        let _ = tokio::task::spawn_blocking(move || threads.stop()).await;
+    }
+}
+
+impl Inner {
+    async fn set_tunnel(&self, spec: TunnelSpec) -> Result<(), Rejected> {
+        let mut control = self.control.lock().await;
+        let kept = match control.tunnels.get(&spec.id) {
+            Some(old) if old.spec.device == spec.device => Some(Arc::clone(&old.tun)),
+            Some(old) => {
+                let _ = old.tun.remove();
+                None
+            }
+            None => None,
+        };
+        let tun = match kept {
+            Some(tun) => tun,
+            None => Arc::new(
+                Tun::open(&spec.device).map_err(|error| kernel("open the TUN device", &error))?,
+            ),
+        };
+        let link = self
+            .netlink
+            .link(&spec.device)
+            .await
+            .map_err(refused)?
+            .ok_or_else(|| kernel("look the TUN device up", &"it is gone"))?;
+        if !spec
+            .routing
+            .addresses
+            .iter()
+            .any(|net| net.addr().is_ipv6())
+        {
+            // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
+            let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
+        }
+        self.netlink.set_up(link.index).await.map_err(refused)?;
+        for &address in &spec.routing.addresses {
+            self.netlink
+                .add_address(link.index, address)
+                .await
+                .map_err(refused)?;
+        }
+        let mtu = spec.mtu.unwrap_or(MTU_WITHOUT_SA);
+        let tunnel = self.tables.set_tunnel(&spec, link.index, mtu);
+        let device = Device {
+            tunnel: Arc::clone(&tunnel),
+            tun: Arc::clone(&tun),
+        };
+        self.slow
+            .devices
+            .insert(device)
+            .map_err(|error| kernel("watch the TUN device", &error))?;
+        control
+            .routing
+            .set(spec.id.0, Some(link.index), &spec.routing);
+        // Whatever it was before, the device gets the MTU that is computed for it.
+        self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
+            .await;
+        control
+            .tunnels
+            .insert(spec.id, Configured { spec, tun, tunnel });
+        self.dirty.notify_one();
+        Ok(())
+    }
+
+    async fn remove_tunnel(&self, id: TunnelId) -> Result<(), Rejected> {
+        let mut control = self.control.lock().await;
+        let configured = control.tunnels.remove(&id).ok_or(Rejected::UnknownTunnel)?;
+        self.tables.remove_tunnel(id);
+        self.slow.devices.remove(id);
+        control.routing.remove(id.0);
+        self.dirty.notify_one();
+        configured
+            .tun
+            .remove()
+            .map_err(|error| kernel("remove the TUN device", &error))
+    }
+
+    async fn install(&self, spec: &SaSpec) -> Result<Ledger, Rejected> {
+        if spec.direction == Direction::Outbound {
+            self.ask_path(&spec.outer).await;
+        }
+        self.tables.install(spec)?;
+        if spec.direction == Direction::Outbound
+            && let Some(tunnel) = self.tables.tunnel(spec.tunnel)
+        {
+            self.fit_mtu(&tunnel).await;
+        }
+        Ok(Ledger {
+            sa: spec.id,
+            offload: Offload::Declined(OffloadReason::NoXdp),
+        })
+    }
+
+    /// Asks the kernel what the way to a peer takes, and whether it leads into a tunnel of ours.
+    async fn ask_path(&self, outer: &Outer) {
+        let way = self
+            .netlink
+            .way(outer.remote, Some(outer.local), Some(self.config.mark))
+            .await;
+        let Ok(Some(way)) = way else {
+            return;
+        };
+        let link_mtu = {
+            let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+            links.get(&way.device).map(|link| link.mtu)
+        };
+        if let Some(mtu) = way.mtu.into_iter().chain(link_mtu).min() {
+            let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
+            self.slow.path_mtus.set_route(outer.remote, mtu);
+        }
+    }
+
+    /// Gives the device of a tunnel the MTU that its SAs and their paths leave.
+    async fn fit_mtu(&self, tunnel: &Tunnel) {
+        let mtu = self.slow.path_mtus.device_mtu(tunnel);
+        if mtu != tunnel.mtu() {
+            self.set_device_mtu(tunnel, mtu).await;
+            self.events.send(Event::MtuChanged {
+                tunnel: tunnel.id,
+                mtu,
+            });
+        }
+    }
+
+    async fn set_device_mtu(&self, tunnel: &Tunnel, mtu: u16) {
+        tunnel.set_mtu(mtu);
+        if let Err(error) = self.netlink.set_mtu(tunnel.ifindex, mtu.into()).await {
+            tracing::warn!(%error, mtu, "the MTU of a tunnel's device cannot be set");
+        }
+    }
+
+    async fn read_links(&self) -> Result<(), NetlinkError> {
+        let links = self.netlink.links().await?;
+        *self.links.write().unwrap_or_else(PoisonError::into_inner) =
+            links.into_iter().map(|link| (link.index, link)).collect();
+        Ok(())
+    }
+
+    /// Brings devices, routes and path MTUs to what they should be.
+    async fn repair(&self) {
+        let mut control = self.control.lock().await;
+        if let Err(error) = self.read_links().await {
+            tracing::warn!(%error, "links cannot be listed");
+            return;
+        }
+        for configured in control.tunnels.values() {
+            let index = configured.tunnel.ifindex;
+            let down = {
+                let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+                links.get(&index).is_some_and(|link| !link.up)
+            };
+            if down {
+                // Its routes went with it: they are added again below.
+                tracing::info!(tunnel = configured.spec.name, "the device was down");
+                if let Err(error) = self.netlink.set_up(index).await {
+                    tracing::warn!(%error, "the device of a tunnel cannot be set up");
+                }
+            }
+        }
+        if let Err(error) = control.routing.apply().await {
+            tracing::warn!(%error, "routes are incomplete");
+        }
+        let unreachable = control.routing.unreachable().to_vec();
+        let tunnels: Vec<_> = control
+            .tunnels
+            .values()
+            .map(|configured| (Arc::clone(&configured.tunnel), configured.spec.routing.peer))
+            .collect();
+        drop(control);
+        for (tunnel, peer) in tunnels {
+            if let Some(remote) = peer.filter(|peer| unreachable.contains(peer)) {
+                self.events.send(Event::RecursiveRoute {
+                    tunnel: tunnel.id,
+                    remote,
+                });
+            }
+            self.fit_all(&tunnel, |_| true).await;
+        }
+    }
+
+    /// Asks anew about the chosen peers of a tunnel, and fits its MTU.
+    async fn fit_all(&self, tunnel: &Tunnel, choose: impl Fn(IpAddr) -> bool) {
+        let outers: Vec<Outer> = tunnel
+            .settings
+            .load()
+            .children
+            .iter()
+            .filter_map(|child| child.outbound.load_full())
+            .map(|sa| sa.template.outer)
+            .filter(|outer| choose(outer.remote))
+            .collect();
+        for outer in &outers {
+            self.ask_path(outer).await;
+        }
+        self.fit_mtu(tunnel).await;
+    }
+
+    async fn tick(&self) {
+        let aged = self.slow.path_mtus.age(monotonic_seconds());
+        let doubted = self.slow.path_mtus.take_doubted();
+        if aged || !doubted.is_empty() {
+            for tunnel in self.tables.tunnels() {
+                self.fit_all(&tunnel, |remote| doubted.contains(&remote))
+                    .await;
+            }
+        }
+    }
+}
+
+/// Follows the kernel's notifications until the engine stops.
+async fn keep(inner: Arc<Inner>, mut changes: mpsc::Receiver<watch::Change>) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            change = changes.recv() => {
+                if change.is_none() {
+                    tracing::error!("the kernel's notifications have ended: routes are not watched any more");
+                    return;
+                }
+            }
+            () = inner.dirty.notified() => {}
+            _ = ticks.tick() => {
+                inner.tick().await;
+                continue;
+            }
+        }
+        sleep(SETTLE).await;
+        while changes.try_recv().is_ok() {}
+        inner.repair().await;
+    }
+}
+
+fn kernel(step: &str, reason: &dyn ToString) -> Rejected {
+    Rejected::Kernel {
+        step: step.to_owned(),
+        reason: reason.to_string(),
+    }
+}
+
+fn refused(error: NetlinkError) -> Rejected {
+    Rejected::Kernel {
+        step: error.step,
+        reason: error.reason,
+    }
+}

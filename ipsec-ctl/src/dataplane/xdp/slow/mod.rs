@@ -1,0 +1,317 @@
+//! The slow path: what the kernel routed into a TUN device is sealed and sent through raw sockets, and ESP that the
+//! kernel delivered is opened and written into a TUN device.
+//!
+//! Correct alone, without XDP, and the oracle for the fast path. Two threads: one reads all devices, one all sockets.
+
+pub mod devices;
+pub mod sockets;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use ipsec_common::Reason;
+use nix::time::{ClockId, clock_gettime};
+
+use self::{
+    devices::{Device, Devices},
+    sockets::{Datagram, Inlet, Kind, Sockets, ike},
+};
+use super::{
+    counters::Counters,
+    events::Events,
+    fragment::fragment_v4,
+    icmp::too_big,
+    inbound::{Arrival, Inbound, InboundPipeline},
+    outbound::{HEADROOM, Outbound, OutboundPipeline, Sealed, TAILROOM},
+    path_mtu::PathMtus,
+    sa::Origin,
+    table::Tunnel,
+};
+use crate::dataplane::seam::Event;
+
+/// The longest IP packet.
+const LONGEST_PACKET: usize = 65_535;
+/// Packets taken from one device or socket before the others get their turn.
+const BATCH: usize = 64;
+/// How soon a thread sees that it is to stop.
+const WAIT_MILLISECONDS: u8 = 100;
+
+/// What both threads work with.
+pub struct SlowPath {
+    /// Devices of the tunnels.
+    pub devices: Devices,
+    /// Sockets.
+    pub sockets: Sockets,
+    /// What was dropped.
+    pub counters: Counters,
+    /// What outer paths take.
+    pub path_mtus: Arc<PathMtus>,
+    outbound: OutboundPipeline,
+    inbound: InboundPipeline,
+    events: Events,
+    stop: AtomicBool,
+}
+
+/// The running threads.
+pub struct Threads {
+    slow: Arc<SlowPath>,
+    handles: Vec<JoinHandle<()>>,
+}
+
+impl SlowPath {
+    /// A slow path over these sockets, at rest.
+    ///
+    /// # Errors
+    ///
+    /// Those of epoll_create1(2).
+    pub fn new(
+        sockets: Sockets,
+        outbound: OutboundPipeline,
+        inbound: InboundPipeline,
+        path_mtus: Arc<PathMtus>,
+        events: Events,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            devices: Devices::new()?,
+            sockets,
+            counters: Counters::default(),
+            path_mtus,
+            outbound,
+            inbound,
+            events,
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts the threads.
+    ///
+    /// # Errors
+    ///
+    /// Those of the operating system.
+    pub fn start(self: &Arc<Self>) -> io::Result<Threads> {
+        let mut threads = Threads {
+            slow: Arc::clone(self),
+            handles: Vec::new(),
+        };
+        for (name, work) in [
+            ("slow-out", Self::read_devices as fn(&Self)),
+            ("slow-in", Self::read_sockets),
+        ] {
+            let slow = Arc::clone(self);
+            let thread = thread::Builder::new().name(name.to_owned());
+            threads.handles.push(thread.spawn(move || work(&slow))?);
+        }
+        Ok(threads)
+    }
+
+    fn running(&self) -> bool {
+        !self.stop.load(Ordering::Relaxed)
+    }
+
+    fn read_devices(&self) {
+        let mut frame = vec![0; HEADROOM + LONGEST_PACKET + TAILROOM];
+        while self.running() {
+            for device in self.devices.wait(WAIT_MILLISECONDS) {
+                let now = monotonic_seconds();
+                for _ in 0..BATCH {
+                    let room = &mut frame[HEADROOM..HEADROOM + LONGEST_PACKET];
+                    match device.tun.read(room) {
+                        Ok(0) => break,
+                        Ok(length) => {
+                            self.seal(&device, &mut frame, HEADROOM..HEADROOM + length, now);
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                        Err(error) => {
+                            // The device was removed under our hands: it would be ready for ever.
+                            tracing::warn!(device = device.tun.name(), %error, "the TUN device cannot be read");
+                            self.devices.remove(device.tunnel.id);
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn seal(&self, device: &Device, frame: &mut [u8], inner: Range<usize>, now: u64) {
+        let tunnel = &device.tunnel;
+        match self
+            .outbound
+            .process(tunnel, frame, inner.clone(), Origin::Slow, now)
+        {
+            Outbound::Send(sealed) => self.send(frame, &sealed),
+            Outbound::Drop(reason) => self.counters.count(reason),
+            Outbound::TooBig(mtu) => {
+                self.counters.count(Reason::TooBig);
+                if let Some(answer) = frame.get(inner).and_then(|packet| too_big(packet, mtu)) {
+                    // Lost like any ICMP message may be, for instance while the device is down.
+                    let _ = device.tun.write(&answer);
+                }
+            }
+            Outbound::Fragment(mtu) => self.seal_fragments(tunnel, frame, inner, mtu, now),
+        }
+    }
+
+    fn seal_fragments(
+        &self,
+        tunnel: &Tunnel,
+        frame: &mut [u8],
+        inner: Range<usize>,
+        mtu: u16,
+        now: u64,
+    ) {
+        let fragments = frame
+            .get(inner)
+            .and_then(|packet| fragment_v4(packet, mtu.into()));
+        for fragment in fragments.unwrap_or_default() {
+            let range = HEADROOM..HEADROOM + fragment.len();
+            let Some(room) = frame.get_mut(range.clone()) else {
+                return;
+            };
+            room.copy_from_slice(&fragment);
+            match self
+                .outbound
+                .process(tunnel, frame, range, Origin::Slow, now)
+            {
+                Outbound::Send(sealed) => self.send(frame, &sealed),
+                Outbound::Drop(reason) => self.counters.count(reason),
+                // The MTU has just become smaller still.
+                Outbound::TooBig(_) | Outbound::Fragment(_) => self.counters.count(Reason::TooBig),
+            }
+        }
+    }
+
+    fn send(&self, frame: &[u8], sealed: &Sealed) {
+        let Some(packet) = frame.get(sealed.packet.clone()) else {
+            return;
+        };
+        let to = sealed.outer.remote;
+        if let Err((reason, error)) = self.sockets.send_packet(to, packet, self.path_mtus.get(to)) {
+            self.counters.count(reason);
+            if error.raw_os_error() == Some(libc::EMSGSIZE) {
+                self.path_mtus.doubt(to);
+            }
+        }
+    }
+
+    fn read_sockets(&self) {
+        let mut buffer = vec![0; LONGEST_PACKET];
+        while self.running() {
+            for inlet in self.sockets.wait(WAIT_MILLISECONDS) {
+                let now = monotonic_seconds();
+                for _ in 0..BATCH {
+                    // Errors are those of earlier datagrams (ICMP), which reading them clears.
+                    let Ok(received) = inlet.listener.receive(&mut buffer) else {
+                        break;
+                    };
+                    let Some(bytes) = buffer.get_mut(..received.length) else {
+                        break;
+                    };
+                    self.receive(
+                        inlet,
+                        bytes,
+                        received.local,
+                        received.remote,
+                        received.class,
+                        now,
+                    );
+                }
+            }
+        }
+    }
+
+    fn receive(
+        &self,
+        inlet: &Inlet,
+        bytes: &mut [u8],
+        local: SocketAddr,
+        remote: SocketAddr,
+        class: u8,
+        now: u64,
+    ) {
+        let arrival = Arrival {
+            source: remote,
+            destination: local.ip(),
+            tos: class,
+        };
+        match inlet.kind {
+            Kind::Ike => self.deliver_ike(local, remote, bytes),
+            Kind::Nat => match Datagram::of(bytes) {
+                Datagram::Nothing => {}
+                Datagram::Ike(at) => {
+                    self.deliver_ike(local, remote, bytes.get(at..).unwrap_or_default());
+                }
+                Datagram::Esp => self.open(bytes, 0..bytes.len(), &arrival, now),
+            },
+            Kind::Esp if inlet.v6 => {
+                let source = SocketAddr::new(remote.ip(), 0);
+                let arrival = Arrival { source, ..arrival };
+                self.open(bytes, 0..bytes.len(), &arrival, now);
+            }
+            Kind::Esp => match esp_of_raw_v4(bytes, remote.ip()) {
+                Some((esp, arrival)) => self.open(bytes, esp, &arrival, now),
+                None => self.counters.count(Reason::Malformed),
+            },
+        }
+    }
+
+    fn deliver_ike(&self, local: SocketAddr, remote: SocketAddr, bytes: &[u8]) {
+        // With a full queue it is lost like any datagram may be: the peer sends it again.
+        self.events.send(Event::Ike(ike(local, remote, bytes)));
+    }
+
+    fn open(&self, frame: &mut [u8], esp: Range<usize>, arrival: &Arrival, now: u64) {
+        match self.inbound.process(frame, esp, arrival, Origin::Slow, now) {
+            Inbound::Deliver { packet, tunnel, .. } => {
+                let packet = frame.get(packet).unwrap_or_default();
+                if self.devices.write(tunnel.id, packet).is_err() {
+                    self.counters.count(Reason::SendFailed);
+                }
+            }
+            Inbound::Dummy => {}
+            Inbound::Drop(reason) => self.counters.count(reason),
+        }
+    }
+}
+
+impl Threads {
+    /// Stops the threads and waits for them.
+    pub fn stop(self) {
+        self.slow.stop.store(true, Ordering::Relaxed);
+        for handle in self.handles {
+            // A thread that panicked has said so itself.
+            let _ = handle.join();
+        }
+    }
+}
+
+/// Where ESP is in an IPv4 packet from a raw socket, and its outer header.
+fn esp_of_raw_v4(packet: &[u8], source: IpAddr) -> Option<(Range<usize>, Arrival)> {
+    let header = packet.first_chunk::<20>()?;
+    let header_bytes = usize::from(header[0] & 0x0f) * 4;
+    if header_bytes < 20 || header_bytes > packet.len() {
+        return None;
+    }
+    let arrival = Arrival {
+        source: SocketAddr::new(source, 0),
+        destination: Ipv4Addr::from(*header[16..].first_chunk::<4>()?).into(),
+        tos: header[1],
+    };
+    Some((header_bytes..packet.len(), arrival))
+}
+
+/// Seconds of CLOCK_MONOTONIC.
+pub fn monotonic_seconds() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .ok()
+        .and_then(|time| u64::try_from(time.tv_sec()).ok())
+        .unwrap_or_default()
+}
