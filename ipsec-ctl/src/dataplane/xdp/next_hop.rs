@@ -86,7 +86,7 @@ impl Generation {
         self.0.fetch_add(1, Ordering::Release);
     }
 
-    fn current(&self) -> u64 {
+    pub(super) fn current(&self) -> u64 {
         self.0.load(Ordering::Acquire)
     }
 }

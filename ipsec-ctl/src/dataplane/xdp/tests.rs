@@ -1,5 +1,7 @@
 //! The pipeline from end to end: what one gateway seals another one opens, and what it must refuse.
 
+mod fast;
+
 use std::{net::IpAddr, ops::Range, sync::Arc};
 
 use ipsec_common::{Reason, Spi, TrafficSelector};

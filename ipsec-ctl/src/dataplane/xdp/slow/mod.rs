@@ -4,6 +4,7 @@
 //! Correct alone, without XDP, and the oracle for the fast path. Two threads: one reads all devices, one all sockets.
 
 pub mod devices;
+mod exit;
 pub mod sockets;
 
 use std::{
