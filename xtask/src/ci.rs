@@ -21,7 +21,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         ])
     })?;
     timed("build", build_release)?;
-    timed("tests", test::run)
+    timed("tests", || test::run(false))
 }
 
 fn timed(step: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {

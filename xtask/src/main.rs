@@ -14,7 +14,11 @@ enum Task {
     /// Build the release binary, target/release/ipsec-ctl
     Build,
     /// Run all tests and count them
-    Test,
+    Test {
+        /// Also those that take minutes
+        #[arg(long)]
+        full: bool,
+    },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
     /// Run what CI runs: formatting, lints, tidy, tests, build
@@ -24,7 +28,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
         Task::Build => command::build_release(),
-        Task::Test => test::run(),
+        Task::Test { full } => test::run(full),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),
     }

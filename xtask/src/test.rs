@@ -1,24 +1,76 @@
-//! `cargo xtask test`: runs all tests and counts them over all crates.
+//! `cargo xtask test`: runs all tests group by group, counts them over all crates, and tells what was skipped and why.
 
 use std::{
     io::{BufRead, BufReader, Write},
     process::Stdio,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 
-use crate::command::prepare;
+use crate::command::{cargo, prepare};
+
+/// A group of tests: its name, and how cargo is asked for it.
+struct Group {
+    name: &'static str,
+    arguments: &'static [&'static str],
+}
+
+/// Cheapest first.
+const GROUPS: &[Group] = &[
+    Group {
+        name: "unit",
+        arguments: &[
+            "--workspace",
+            "--exclude",
+            "ipsec-tests",
+            "--",
+            "--skip",
+            "simulat",
+        ],
+    },
+    Group {
+        name: "simulation",
+        arguments: &["--package", "ipsec-ctl", "--", "simulat"],
+    },
+    Group {
+        name: "namespaces",
+        arguments: &["--package", "ipsec-tests", "--lib", "--test", "harness"],
+    },
+];
 
 /// Results of test programs, added up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Count {
     passed: u64,
     failed: u64,
     skipped: u64,
+    /// Names and reasons of what was skipped at run time.
+    reasons: Vec<String>,
 }
 
-pub(crate) fn run() -> anyhow::Result<()> {
-    let mut child = prepare(&["test", "--workspace", "--no-fail-fast"])
+pub(crate) fn run(full: bool) -> anyhow::Result<()> {
+    // Integration tests start the daemon as a program, which cargo does not build for them.
+    cargo(&["build", "--package", "ipsec-ctl"])?;
+    let mut results = Vec::new();
+    for group in GROUPS {
+        let start = Instant::now();
+        let (count, good) = run_group(group, full)?;
+        results.push((group.name, count, start.elapsed(), good));
+    }
+    summarise(&results)
+}
+
+/// Runs one group, its output passed on as it comes; tells whether cargo was content.
+fn run_group(group: &Group, full: bool) -> anyhow::Result<(Count, bool)> {
+    eprintln!("== {} tests ==", group.name);
+    let mut arguments = vec!["test", "--no-fail-fast"];
+    arguments.extend(group.arguments);
+    let mut command = prepare(&arguments);
+    if full {
+        command.env("IPSEC_TESTS_FULL", "1");
+    }
+    let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .context("cargo test")?;
@@ -31,19 +83,55 @@ pub(crate) fn run() -> anyhow::Result<()> {
         count.add(&line);
     }
     let status = child.wait().context("cargo test")?;
+    Ok((count, status.success()))
+}
+
+fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let mut all = Count::default();
+    writeln!(
+        out,
+        "\n{:<12} {:>7} {:>7} {:>8} {:>8}",
+        "group", "passed", "failed", "skipped", "time"
+    )?;
+    for (name, count, time, _) in results {
+        writeln!(
+            out,
+            "{name:<12} {:>7} {:>7} {:>8} {:>6.1} s",
+            count.passed,
+            count.failed,
+            count.skipped,
+            time.as_secs_f64()
+        )?;
+        all.passed += count.passed;
+        all.failed += count.failed;
+        all.skipped += count.skipped;
+        all.reasons.extend(count.reasons.iter().cloned());
+    }
+    for reason in &all.reasons {
+        writeln!(out, "skipped: {reason}")?;
+    }
     writeln!(
         out,
         "{} passed, {} failed, {} skipped",
-        count.passed, count.failed, count.skipped
+        all.passed, all.failed, all.skipped
     )?;
-    ensure!(status.success() && count.failed == 0, "tests failed");
-    ensure!(count.passed > 0, "no test ran");
+    let good = results.iter().all(|(_, _, _, good)| *good);
+    ensure!(good && all.failed == 0, "tests failed");
+    ensure!(all.passed > 0, "no test ran");
     Ok(())
 }
 
 impl Count {
-    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`; others count nothing.
+    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, or `test NAME ... ignored, REASON`;
+    /// others count nothing.
     fn add(&mut self, line: &str) {
+        if let Some((name, reason)) = line
+            .strip_prefix("test ")
+            .and_then(|rest| rest.split_once(" ... ignored, "))
+        {
+            self.reasons.push(format!("{}: {reason}", name.trim_end()));
+        }
         let Some((_, results)) = line
             .strip_prefix("test result: ")
             .and_then(|rest| rest.split_once(". "))
@@ -74,6 +162,7 @@ mod tests {
         for line in [
             "test a ... ok",
             "test result: ok. 22 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "test b    ... ignored, there is no `nft`: apt-get install nftables",
             "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ] {
             count.add(line);
@@ -83,7 +172,8 @@ mod tests {
             Count {
                 passed: 25,
                 failed: 2,
-                skipped: 1
+                skipped: 1,
+                reasons: vec!["b: there is no `nft`: apt-get install nftables".to_owned()],
             }
         );
     }

@@ -1,0 +1,17 @@
+//! The tools of the integration tests: network namespaces, gateways, peers, traffic, captures.
+//!
+//! Everything here runs on one machine, as root, and cleans up behind itself: names carry a prefix with the process
+//! that made them, so that whatever a killed run left is found and removed by the next one. What a test must hold on
+//! to (a namespace, a process, a capture) is a value whose drop removes it. The tests are in `suites/`.
+
+pub mod capture;
+pub mod command;
+mod decode;
+pub mod gateway;
+pub mod netns;
+pub mod ping;
+pub mod strongswan;
+pub mod suite;
+pub mod tcp;
+pub mod topology;
+pub mod udp;

@@ -1,0 +1,350 @@
+//! strongSwan as a peer in a namespace: charon in the foreground, its userspace ESP, one vici socket each.
+//!
+//! Needs no ESP in the kernel. Its userspace ESP (kernel-libipsec) does tunnel mode only, always encapsulates in UDP
+//! and knows no ESN, so our end must be told to encapsulate (`nat = "force"`) or find a NAT.
+
+use std::{
+    fs::{self, File},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::{
+    command::{checked, find, tail, wait_for},
+    netns::Netns,
+    topology::{Family, Side},
+};
+
+/// Plugins by need; the userspace ESP must come before the kernel's interface.
+const PLUGINS: &str = "random nonce openssl aes sha1 sha2 hmac kdf gcm ccm ctr cmac chapoly gmp curve25519 drbg x509 \
+    constraints pubkey pem pkcs1 pkcs8 kernel-libipsec kernel-netlink socket-default vici updown counters";
+/// Mark of charon's own packets, which keeps them out of its tunnel routes.
+const MARK: &str = "0x42";
+
+/// A running charon; killed on drop.
+#[derive(Debug)]
+pub struct StrongSwan {
+    folder: TempDir,
+    child: Child,
+}
+
+/// A connection with one pre-shared key.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Its address; `None` leaves it to the kernel.
+    pub local: Option<IpAddr>,
+    /// The peer's address; `None` for any.
+    pub remote: Option<IpAddr>,
+    /// Its identity.
+    pub local_id: String,
+    /// The peer's identity.
+    pub remote_id: String,
+    /// The pre-shared key.
+    pub psk: String,
+    /// IKE proposals, comma-separated.
+    pub ike: String,
+    /// Its children.
+    pub children: Vec<ChildConnection>,
+    /// Seconds without traffic after which it asks whether the peer lives; 0 is never.
+    pub dpd: u32,
+}
+
+/// A child of a connection.
+#[derive(Clone, Debug)]
+pub struct ChildConnection {
+    /// Its name.
+    pub name: String,
+    /// Its side, comma-separated.
+    pub local: String,
+    /// The peer's side.
+    pub remote: String,
+    /// ESP proposals, comma-separated.
+    pub esp: String,
+}
+
+impl Connection {
+    /// A connection from one gateway of the topology to the other, with one child between the two sites.
+    pub fn between_sites(side: Side, ike: &str, esp: &str) -> Self {
+        let id = |side: Side| format!("{}.example", side.letter());
+        Self {
+            local: Some(side.outside(Family::V4)),
+            remote: Some(side.other().outside(Family::V4)),
+            local_id: id(side),
+            remote_id: id(side.other()),
+            psk: "a key for tests only".to_owned(),
+            ike: ike.to_owned(),
+            children: vec![ChildConnection {
+                name: "net".to_owned(),
+                local: side.prefix(Family::V4),
+                remote: side.other().prefix(Family::V4),
+                esp: esp.to_owned(),
+            }],
+            dpd: 0,
+        }
+    }
+
+    fn render(&self) -> String {
+        let address = |address: Option<IpAddr>| {
+            address.map_or_else(|| "%any".to_owned(), |address| address.to_string())
+        };
+        let children: String = self
+            .children
+            .iter()
+            .map(|child| {
+                format!(
+                    "      {} {{\n        local_ts = {}\n        remote_ts = {}\n        esp_proposals = {}\n        \
+                     mode = tunnel\n        start_action = none\n        dpd_action = clear\n      }}\n",
+                    child.name, child.local, child.remote, child.esp
+                )
+            })
+            .collect();
+        format!(
+            "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
+             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = no\n    dpd_delay = {}s\n    \
+             local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
+             children {{\n{children}    }}\n  }}\n}}\n\
+             secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
+            address(self.local),
+            address(self.remote),
+            self.ike,
+            self.dpd,
+            self.local_id,
+            self.remote_id,
+            self.local_id,
+            self.remote_id,
+            self.psk
+        )
+    }
+}
+
+impl StrongSwan {
+    /// Starts charon in a namespace and waits until it can be asked.
+    ///
+    /// # Errors
+    ///
+    /// It does not come up; the error has its log.
+    pub fn start(netns: &Netns) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("ipx-swan-").tempdir()?;
+        Self::start_in(netns, folder)
+    }
+
+    fn start_in(netns: &Netns, folder: TempDir) -> anyhow::Result<Self> {
+        let path = folder.path();
+        // swanctl wants its folders, empty or not.
+        for name in [
+            "x509", "x509ca", "private", "conf.d", "pubkey", "rsa", "ecdsa", "pkcs8",
+        ] {
+            fs::create_dir_all(path.join("swanctl").join(name))?;
+        }
+        fs::write(path.join("strongswan.conf"), settings(path))?;
+        let output = File::create(path.join("stdout"))?;
+        let charon = find("charon-systemd").context("charon-systemd is not installed")?;
+        let child = netns
+            .command(&charon.display().to_string())?
+            .env("STRONGSWAN_CONF", path.join("strongswan.conf"))
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
+            .context("charon cannot be started")?;
+        let started = Self { folder, child };
+        let socket = started.file("vici.sock");
+        wait_for("charon", Duration::from_secs(10), || {
+            Ok(std::os::unix::net::UnixStream::connect(&socket)
+                .is_ok()
+                .then_some(()))
+        })
+        .with_context(|| started.log(30))?;
+        Ok(started)
+    }
+
+    /// Kills it as a crash would, nothing said to its peers, and starts it again with the same connections.
+    ///
+    /// # Errors
+    ///
+    /// It does not come back.
+    pub fn crash_and_restart(mut self, netns: &Netns) -> anyhow::Result<Self> {
+        self.child.kill()?;
+        self.child.wait()?;
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir()?);
+        drop(self);
+        let _ = fs::remove_file(folder.path().join("vici.sock"));
+        // What the userspace ESP leaves behind in its namespace would be in the way of the next one.
+        let _ = netns.ip("link del ipsec0");
+        let again = Self::start_in(netns, folder)?;
+        again.swanctl(&["--load-all", "--clear"])?;
+        Ok(again)
+    }
+
+    /// Loads a connection in place of what was loaded before.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn load(&self, connection: &Connection) -> anyhow::Result<()> {
+        fs::write(self.file("swanctl/swanctl.conf"), connection.render())?;
+        self.swanctl(&["--load-all", "--clear"])?;
+        Ok(())
+    }
+
+    /// Brings a child up and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// It does not come up within ten seconds; the error has what charon said.
+    pub fn initiate(&self, child: &str) -> anyhow::Result<()> {
+        self.swanctl(&["--initiate", "--child", child, "--timeout", "10"])?;
+        Ok(())
+    }
+
+    /// Takes the IKE SA down with a Delete to the peer.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn terminate(&self) -> anyhow::Result<()> {
+        self.swanctl(&["--terminate", "--ike", "t", "--timeout", "10"])?;
+        Ok(())
+    }
+
+    /// Takes one child down with a Delete to the peer.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn terminate_child(&self, child: &str) -> anyhow::Result<()> {
+        self.swanctl(&["--terminate", "--child", child, "--timeout", "10"])?;
+        Ok(())
+    }
+
+    /// Its SAs, as swanctl lists them.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn sas(&self) -> anyhow::Result<String> {
+        self.swanctl(&["--list-sas"])
+    }
+
+    /// Waits until its list of SAs is as wanted.
+    ///
+    /// # Errors
+    ///
+    /// It is not within `patience`; the error has the list.
+    pub fn wait_sas(
+        &self,
+        what: &str,
+        patience: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<String> {
+        let mut last = String::new();
+        wait_for(what, patience, || {
+            last = self.sas()?;
+            Ok(wanted(&last).then(|| last.clone()))
+        })
+        .with_context(|| format!("SAs of strongSwan:\n{}", self.sas().unwrap_or_default()))
+    }
+
+    /// The end of its log.
+    pub fn log(&self, lines: usize) -> String {
+        format!(
+            "{}\n{}",
+            tail(&self.file("stdout"), lines),
+            tail(&self.file("charon.log"), lines)
+        )
+    }
+
+    /// Whether its log has a line with this text.
+    pub fn has_logged(&self, text: &str) -> bool {
+        tail(&self.file("charon.log"), usize::MAX).contains(text)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn swanctl(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let swanctl = find("swanctl").context("swanctl is not installed")?;
+        checked(
+            Command::new(swanctl)
+                .args(arguments)
+                .arg("--uri")
+                .arg(format!("unix://{}", self.file("vici.sock").display()))
+                .env("STRONGSWAN_CONF", self.file("strongswan.conf"))
+                .env("SWANCTL_DIR", self.file("swanctl")),
+        )
+    }
+}
+
+impl Drop for StrongSwan {
+    fn drop(&mut self) {
+        let Ok(pid) = i32::try_from(self.child.id()) else {
+            return;
+        };
+        // It says goodbye to its peers on SIGTERM; one that hangs is killed.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let gone = wait_for("charon to stop", Duration::from_secs(3), || {
+            Ok(self.child.try_wait()?.map(drop))
+        });
+        if gone.is_err() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn settings(folder: &Path) -> String {
+    let folder = folder.display();
+    format!(
+        "charon-systemd {{
+  load = {PLUGINS}
+  load_modular = no
+  threads = 16
+  retransmit_tries = 3
+  retransmit_timeout = 1.0
+  journal {{
+    default = -1
+  }}
+  filelog {{
+    main {{
+      path = {folder}/charon.log
+      time_format = %H:%M:%S
+      flush_line = yes
+      ike_name = yes
+      default = 1
+      ike = 2
+      cfg = 2
+    }}
+  }}
+  plugins {{
+    vici {{
+      socket = unix://{folder}/vici.sock
+    }}
+    kernel-libipsec {{
+      load = yes
+      allow_peer_ts = yes
+    }}
+    kernel-netlink {{
+      load = yes
+      fwmark = !{MARK}
+    }}
+    socket-default {{
+      fwmark = {MARK}
+    }}
+  }}
+}}
+swanctl {{
+  load = pem pkcs1 pkcs8 pubkey x509 openssl random sha1 sha2 aes hmac constraints nonce gmp
+}}
+"
+    )
+}

@@ -1,0 +1,95 @@
+//! The runner of a suite: tests with sentences for names, skipped with a reason where the machine lacks something.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use crate::{command::find, netns};
+
+/// What a test needs of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Root, and iproute2.
+    Namespaces,
+    /// nftables, for the router's NAT and for firewalls.
+    Nftables,
+    /// strongSwan with its userspace ESP.
+    StrongSwan,
+}
+
+impl Need {
+    /// Why the machine does not have it; `None` if it has.
+    pub fn missing(self) -> Option<String> {
+        let absent = |programs: &[&str], package: &str| {
+            let missing = programs.iter().find(|program| find(program).is_none())?;
+            Some(format!(
+                "there is no `{missing}`: apt-get install {package}"
+            ))
+        };
+        match self {
+            Self::Namespaces if !nix::unistd::geteuid().is_root() => {
+                Some("network namespaces need root".to_owned())
+            }
+            Self::Namespaces => absent(&["ip", "ethtool"], "iproute2 ethtool"),
+            Self::Nftables => absent(&["nft"], "nftables"),
+            Self::StrongSwan => absent(
+                &["charon-systemd", "swanctl"],
+                "charon-systemd strongswan-swanctl libcharon-extra-plugins libstrongswan-standard-plugins libstrongswan-extra-plugins",
+            ),
+        }
+    }
+}
+
+/// One test.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Its name: a sentence in words joined by underscores.
+    pub name: &'static str,
+    /// What it needs besides [`Need::Namespaces`].
+    pub needs: &'static [Need],
+    /// It runs with `--full` only, because it takes minutes.
+    pub long: bool,
+    /// The test itself.
+    pub body: fn() -> anyhow::Result<()>,
+}
+
+/// A list of [`Case`]s out of functions: `cases![[Need::StrongSwan] a_function, ..]`, or `long a_function`.
+#[macro_export]
+macro_rules! cases {
+    ($([$($need:expr),*] $($function:ident)+),* $(,)?) => {
+        [$($crate::cases!(@one [$($need),*] $($function)+)),*]
+    };
+    (@one [$($need:expr),*] long $function:ident) => {
+        $crate::suite::Case { name: stringify!($function), needs: &[$($need),*], long: true, body: $function }
+    };
+    (@one [$($need:expr),*] $function:ident) => {
+        $crate::suite::Case { name: stringify!($function), needs: &[$($need),*], long: false, body: $function }
+    };
+}
+
+/// Runs the cases as the command line says, two at a time unless it says otherwise.
+pub fn main(cases: &[Case]) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(2);
+    if !arguments.list {
+        netns::sweep();
+    }
+    let full = std::env::var_os("IPSEC_TESTS_FULL").is_some();
+    let trials = cases.iter().map(|case| trial(*case, full)).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn trial(case: Case, full: bool) -> Trial {
+    Trial::ignorable_test(case.name, move || {
+        let missing = std::iter::once(Need::Namespaces)
+            .chain(case.needs.iter().copied())
+            .find_map(Need::missing)
+            .or_else(|| (case.long && !full).then(|| "takes minutes: run with --full".to_owned()));
+        match missing {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => (case.body)()
+                .map(|()| Completion::Completed)
+                .map_err(|error| Failed::from(format!("{error:#}"))),
+        }
+    })
+}
