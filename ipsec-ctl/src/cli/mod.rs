@@ -4,6 +4,7 @@
 mod check;
 mod counters;
 mod remote;
+mod run;
 mod status;
 mod table;
 mod tunnel;
@@ -23,6 +24,12 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the gateway in the foreground until SIGTERM; SIGHUP reads the configuration again.
+    Run(run::Options),
+    /// Block what the configuration protects, without a daemon; for a unit before the network comes up.
+    Guard(run::GuardOptions),
+    /// Remove what a daemon or `guard` has left: devices, routes, rules. Nothing is protected afterwards.
+    Release(run::GuardOptions),
     /// Validate a configuration file and the key files it names; nothing is changed.
     Check(check::Options),
     /// Show tunnels, their traffic, and what carries it.
@@ -44,6 +51,9 @@ enum Command {
 /// A diagnostic for the user; the exit status is then not zero.
 pub fn run(cli: Cli) -> miette::Result<()> {
     match cli.command {
+        Command::Run(options) => run::run(&options),
+        Command::Guard(options) => run::guard(&options),
+        Command::Release(options) => run::release(&options),
         Command::Check(options) => check::run(&options),
         Command::Status(options) => status::run(&options),
         Command::Counters(options) => counters::run(&options),

@@ -173,16 +173,10 @@ fn traffic(direction: &Direction) -> String {
 
 /// The ledger entry in words.
 fn offload(offload: Offload) -> String {
-    let reason = |reason: crate::dataplane::seam::OffloadReason| {
-        serde_json::to_value(reason)
-            .ok()
-            .and_then(|value| value.as_str().map(str::to_owned))
-            .unwrap_or_default()
-    };
     match offload {
         Offload::Full => "offloaded".to_owned(),
-        Offload::Partial(why) => format!("offloaded in part ({})", reason(why)),
-        Offload::Declined(why) => format!("not offloaded ({})", reason(why)),
+        Offload::Partial(why) => format!("offloaded in part ({})", why.name()),
+        Offload::Declined(why) => format!("not offloaded ({})", why.name()),
     }
 }
 

@@ -49,6 +49,23 @@ pub enum OffloadReason {
     Queues,
 }
 
+impl OffloadReason {
+    /// Its name in JSON, in `status` and in the docs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Configured => "configured",
+            Self::NetfilterRules => "netfilter-rules",
+            Self::NoXdp => "no-xdp",
+            Self::NoInterface => "no-interface",
+            Self::ForeignXdpProgram => "foreign-xdp-program",
+            Self::InterfaceKind => "interface-kind",
+            Self::MtuTooLarge => "mtu-too-large",
+            Self::NoAfXdp => "no-af-xdp",
+            Self::Queues => "queues",
+        }
+    }
+}
+
 /// Why a command was refused. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Rejected {

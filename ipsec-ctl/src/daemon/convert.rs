@@ -1,0 +1,231 @@
+//! Between the values of the configuration, of the endpoint and of the data plane, which do not know each other.
+
+use std::net::IpAddr;
+
+use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
+use ipsec_common::TrafficSelector;
+use zeroize::Zeroizing;
+
+use crate::{
+    config::{Child, Nat, Peer, Role, Tunnel},
+    dataplane::{
+        routing::RoutingSpec,
+        seam::{
+            ChildId, ChildTrap, Direction, Lifetime, Outer, SaId, SaSpec, SelectorPair, TunnelId,
+            TunnelSpec, UdpEncap,
+        },
+    },
+    esp::{EspKeys, EspSuite, Integrity},
+    ike::{
+        self,
+        config::{ChildConfig, ChildName, NatPolicy, PeerConfig, PeerId},
+        crypto::{self, ChildSuite, Encryption, Esn},
+        event::{ChildUp, IkeInfo, OuterAddresses},
+    },
+};
+
+/// What the data plane is told of a tunnel.
+pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel) -> TunnelSpec {
+    TunnelSpec {
+        id,
+        name: tunnel.name.clone(),
+        device: tunnel.device.clone(),
+        mtu: tunnel.mtu,
+        fast_path: tunnel.fast_path,
+        df: tunnel.df,
+        clamp_mss: tunnel.clamp_mss,
+        copy_dscp: tunnel.copy_dscp,
+        children: (0..)
+            .zip(&tunnel.children)
+            .map(|(number, child)| ChildTrap {
+                id: ChildId(number),
+                name: child.name.clone(),
+                selectors: SelectorPair {
+                    local: child.local.clone(),
+                    remote: child.remote.clone(),
+                },
+                on_demand: tunnel.role == Role::OnDemand,
+            })
+            .collect(),
+        routing: routing_spec(tunnel),
+    }
+}
+
+fn routing_spec(tunnel: &Tunnel) -> RoutingSpec {
+    let cover = |selectors: &dyn Fn(&Child) -> Vec<TrafficSelector>| {
+        IpNet::aggregate(
+            &tunnel
+                .children
+                .iter()
+                .flat_map(selectors)
+                .flat_map(|selector| prefixes(selector.addresses))
+                .collect(),
+        )
+    };
+    RoutingSpec {
+        mode: tunnel.routes,
+        remote: cover(&|child| child.remote.clone()),
+        local: cover(&|child| child.local.clone()),
+        peer: match tunnel.peer {
+            Peer::Address(address) => Some(address),
+            Peer::Any => None,
+        },
+        outer_local: tunnel.local,
+        addresses: tunnel.address.clone(),
+        bypass: tunnel.bypass.clone(),
+    }
+}
+
+/// The fewest prefixes that cover exactly the range.
+fn prefixes((first, last): (IpAddr, IpAddr)) -> Vec<IpNet> {
+    match (first, last) {
+        (IpAddr::V4(first), IpAddr::V4(last)) => {
+            Ipv4Subnets::new(first, last, 0).map(IpNet::V4).collect()
+        }
+        (IpAddr::V6(first), IpAddr::V6(last)) => {
+            Ipv6Subnets::new(first, last, 0).map(IpNet::V6).collect()
+        }
+        // A selector is of one address family; the configuration and the codec see to that.
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => Vec::new(),
+    }
+}
+
+/// Limits by volume of the SAs of a child: soft at nine tenths, so that the replacement is there in time.
+pub(super) fn volume(packets: Option<u64>, bytes: Option<u64>, esn: bool) -> Lifetime {
+    // RFC 4303 section 3.3.3: without ESN an SA must not send more than 2^32 packets.
+    let sequence = if esn { u64::MAX } else { u64::from(u32::MAX) };
+    let hard_packets = packets.unwrap_or(u64::MAX).min(sequence);
+    let hard_bytes = bytes.unwrap_or(u64::MAX);
+    let soft = |hard: u64| {
+        if hard == u64::MAX {
+            hard
+        } else {
+            hard - hard / 10
+        }
+    };
+    Lifetime {
+        soft_packets: soft(hard_packets),
+        hard_packets,
+        soft_bytes: soft(hard_bytes),
+        hard_bytes,
+    }
+}
+
+/// What the endpoint is told of a tunnel.
+pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
+    PeerConfig {
+        id: PeerId(id.0),
+        name: tunnel.name.clone(),
+        remote: match tunnel.peer {
+            Peer::Address(address) => Some(address),
+            Peer::Any => None,
+        },
+        local: tunnel.local,
+        local_id: tunnel.local_id.clone(),
+        remote_id: tunnel.remote_id.clone(),
+        psk: Zeroizing::new(tunnel.psk.expose().to_vec()),
+        role: match tunnel.role {
+            Role::Initiate => ike::config::Role::Initiate,
+            Role::OnDemand => ike::config::Role::OnDemand,
+            Role::Respond => ike::config::Role::Respond,
+        },
+        proposals: tunnel.ike.clone(),
+        nat: match tunnel.nat {
+            Nat::Auto => NatPolicy::Auto,
+            Nat::Force => NatPolicy::Force,
+            Nat::Forbid => NatPolicy::Forbid,
+        },
+        keepalive: tunnel.keepalive,
+        dpd_interval: tunnel.dpd.interval,
+        dpd_timeout: tunnel.dpd.timeout,
+        lifetime: tunnel.lifetime,
+        children: (0..)
+            .zip(&tunnel.children)
+            .map(|(number, child)| ChildConfig {
+                id: ChildName(number),
+                name: child.name.clone(),
+                local: child.local.clone(),
+                remote: child.remote.clone(),
+                proposals: child.esp.clone(),
+                lifetime: child.lifetime,
+            })
+            .collect(),
+    }
+}
+
+/// What the data plane is told of one direction of a negotiated pair of SAs.
+pub(super) fn sa_spec(
+    tunnel: TunnelId,
+    child: &Child,
+    up: &ChildUp,
+    id: SaId,
+    direction: Direction,
+) -> SaSpec {
+    let esn = up.suite.esn == Esn::Yes;
+    let (spi, key) = match direction {
+        Direction::Inbound => (up.spi_in, &up.key_in),
+        Direction::Outbound => (up.spi_out, &up.key_out),
+    };
+    SaSpec {
+        id,
+        tunnel,
+        child: ChildId(up.child.0),
+        direction,
+        spi,
+        suite: esp_suite(&up.suite),
+        keys: EspKeys {
+            cipher: Zeroizing::new(key.encryption.bytes().to_vec()),
+            integrity: Zeroizing::new(key.integrity.bytes().to_vec()),
+        },
+        esn,
+        replay_window: child.replay_window,
+        outer: outer(&up.outer),
+        selectors: SelectorPair {
+            local: up.local.clone(),
+            remote: up.remote.clone(),
+        },
+        lifetime: volume(child.lifetime_packets, child.lifetime_bytes, esn),
+    }
+}
+
+/// Outer addresses as the data plane has them.
+pub(super) fn outer(outer: &OuterAddresses) -> Outer {
+    Outer {
+        local: outer.local.ip(),
+        remote: outer.remote.ip(),
+        encap: outer.encapsulated.then(|| UdpEncap {
+            local_port: outer.local.port(),
+            remote_port: outer.remote.port(),
+        }),
+    }
+}
+
+fn esp_suite(suite: &ChildSuite) -> EspSuite {
+    let integrity = match suite.integrity {
+        Some(crypto::Integrity::HmacSha256) | None => Integrity::HmacSha256,
+        Some(crypto::Integrity::HmacSha384) => Integrity::HmacSha384,
+        Some(crypto::Integrity::HmacSha512) => Integrity::HmacSha512,
+    };
+    let cbc = |key_bytes| EspSuite::AesCbc {
+        key_bytes,
+        integrity,
+    };
+    match suite.encryption {
+        Encryption::AesCbc128 => cbc(16),
+        Encryption::AesCbc192 => cbc(24),
+        Encryption::AesCbc256 => cbc(32),
+        Encryption::Aes128Gcm16 => EspSuite::Aes128Gcm16,
+        Encryption::Aes256Gcm16 => EspSuite::Aes256Gcm16,
+        Encryption::ChaCha20Poly1305 => EspSuite::ChaCha20Poly1305,
+    }
+}
+
+/// What NAT detection found, in words.
+pub(super) fn nat_words(info: &IkeInfo) -> &'static str {
+    match (info.nat_local, info.nat_remote) {
+        (false, false) => "none",
+        (true, false) => "here",
+        (false, true) => "at the peer",
+        (true, true) => "on both sides",
+    }
+}

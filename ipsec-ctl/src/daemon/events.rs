@@ -1,0 +1,299 @@
+//! What the endpoint and the data plane tell, and what the daemon makes of it: installs, removals, lines in the log.
+
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+
+use super::{convert, gateway::Gateway, tunnels::SaPair};
+use crate::{
+    config::Role,
+    dataplane::seam::{self, Direction, LifetimeKind, TunnelId},
+    ike::{
+        config::{ChildName, PeerId},
+        event::{ChildUp, Command, DownReason, Event, Failure, IkeUp},
+        negotiate::selectors,
+    },
+};
+
+/// Lines about failures within [`WINDOW`]; a flood must not fill the disk.
+const MOST_LINES: u32 = 20;
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Limits the rate of lines that strangers can cause.
+#[derive(Debug, Default)]
+pub(super) struct LogLimit {
+    window: Option<Instant>,
+    lines: u32,
+    suppressed: u64,
+}
+
+impl LogLimit {
+    /// Whether one more line may be written.
+    fn allows(&mut self, now: Instant) -> bool {
+        if self
+            .window
+            .is_none_or(|start| now.duration_since(start) >= WINDOW)
+        {
+            if self.suppressed > 0 {
+                warn!("{} similar failures were not logged", self.suppressed);
+            }
+            *self = Self {
+                window: Some(now),
+                ..Self::default()
+            };
+        }
+        self.lines += 1;
+        let allowed = self.lines <= MOST_LINES;
+        if !allowed {
+            self.suppressed += 1;
+        }
+        allowed
+    }
+}
+
+fn tunnel_of(peer: PeerId) -> TunnelId {
+    TunnelId(peer.0)
+}
+
+impl Gateway {
+    fn name_of(&self, peer: PeerId) -> String {
+        self.tunnels
+            .get(tunnel_of(peer))
+            .map_or_else(|| "?".to_owned(), |tunnel| tunnel.config.name.clone())
+    }
+
+    fn child_name(&self, peer: PeerId, child: ChildName) -> String {
+        self.tunnels
+            .get(tunnel_of(peer))
+            .and_then(|tunnel| tunnel.config.children.get(usize::try_from(child.0).ok()?))
+            .map_or_else(|| "?".to_owned(), |child| child.name.clone())
+    }
+
+    pub(super) async fn ike_event(&mut self, event: Event) {
+        match event {
+            Event::IkeUp(up) => self.ike_up(&up),
+            Event::IkeDown { peer, reason, .. } => {
+                let tunnel = self.name_of(peer);
+                match reason {
+                    DownReason::Replaced => debug!(tunnel, %reason, "IKE SA closed"),
+                    _ => info!(tunnel, %reason, "IKE SA closed"),
+                }
+            }
+            Event::ChildUp(up) => self.child_up(*up).await,
+            Event::ChildDown {
+                peer,
+                child,
+                sa,
+                reason,
+            } => {
+                let (tunnel, name) = (self.name_of(peer), self.child_name(peer, child));
+                if let Some(pair) = self.tunnels.removed(tunnel_of(peer), sa) {
+                    self.uninstall(&pair).await;
+                    match reason {
+                        DownReason::Replaced => {
+                            debug!(tunnel, child = name, %reason, "child closed");
+                        }
+                        _ => info!(tunnel, child = name, %reason, "child down"),
+                    }
+                }
+                self.set_carrier(tunnel_of(peer)).await;
+            }
+            Event::Moved(sa, outer) => self.moved(sa, outer).await,
+            Event::Failed(failure) => self.failed(&failure),
+        }
+    }
+
+    fn ike_up(&mut self, up: &IkeUp) {
+        info!(
+            tunnel = self.name_of(up.peer),
+            peer = %up.info.remote,
+            id = %up.info.remote_id,
+            suite = %up.info.suite,
+            nat = convert::nat_words(&up.info),
+            "IKE SA established as {}",
+            if up.info.initiator { "initiator" } else { "responder" },
+        );
+        if let Some(tunnel) = self.tunnels.get_mut(tunnel_of(up.peer)) {
+            tunnel.failure = None;
+        }
+    }
+
+    async fn child_up(&mut self, up: ChildUp) {
+        let id = tunnel_of(up.peer);
+        let (inbound, outbound) = (self.tunnels.new_sa(), self.tunnels.new_sa());
+        let Some(config) = self.tunnels.get(id).and_then(|tunnel| {
+            tunnel
+                .config
+                .children
+                .get(usize::try_from(up.child.0).ok()?)
+                .cloned()
+        }) else {
+            return;
+        };
+        let specs = [
+            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound),
+            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound),
+        ];
+        let (tunnel, child) = (self.name_of(up.peer), config.name.clone());
+        for spec in specs {
+            let sa = spec.id;
+            match self
+                .engine
+                .command(seam::Command::Install(Box::new(spec)))
+                .await
+            {
+                Ok(Some(ledger)) => self.tunnels.note_offload(sa, ledger.offload),
+                Ok(None) => {}
+                Err(cause) => warn!(tunnel, child, %cause, "an SA could not be installed"),
+            }
+        }
+        info!(
+            tunnel,
+            child,
+            local = selectors::describe(&up.local),
+            remote = selectors::describe(&up.remote),
+            suite = %up.suite,
+            spi_in = %up.spi_in,
+            spi_out = %up.spi_out,
+            udp = up.outer.encapsulated,
+            "child up"
+        );
+        let pair = SaPair {
+            child: up.child,
+            inbound,
+            outbound,
+            spi_in: up.spi_in,
+            spi_out: up.spi_out,
+            suite: up.suite,
+            local: up.local,
+            remote: up.remote,
+            outer: up.outer,
+            since: self.now(),
+        };
+        self.tunnels.installed(id, up.sa, pair);
+        self.set_carrier(id).await;
+    }
+
+    async fn uninstall(&self, pair: &SaPair) {
+        for sa in [pair.outbound, pair.inbound] {
+            if let Err(cause) = self.engine.command(seam::Command::Remove(sa)).await {
+                warn!(%cause, "an SA could not be removed");
+            }
+        }
+    }
+
+    /// The carrier of the device follows the tunnel; one that comes up on demand must take packets to know of any.
+    async fn set_carrier(&self, id: TunnelId) {
+        let Some(tunnel) = self.tunnels.get(id) else {
+            return;
+        };
+        let on = !tunnel.pairs.is_empty() || (tunnel.config.role == Role::OnDemand && !tunnel.down);
+        let _ = self.engine.command(seam::Command::SetCarrier(id, on)).await;
+    }
+
+    async fn moved(
+        &mut self,
+        sa: crate::ike::event::ChildSaId,
+        outer: crate::ike::event::OuterAddresses,
+    ) {
+        let found = self.tunnels.iter().find_map(|(id, tunnel)| {
+            let pair = tunnel.pairs.get(&sa)?;
+            Some((id, tunnel.config.name.clone(), pair.inbound, pair.outbound))
+        });
+        let Some((id, tunnel, inbound, outbound)) = found else {
+            return;
+        };
+        info!(tunnel, peer = %outer.remote, "the peer has another address");
+        for sa in [inbound, outbound] {
+            let command = seam::Command::MoveOuter(sa, convert::outer(&outer));
+            if let Err(cause) = self.engine.command(command).await {
+                warn!(tunnel, %cause, "an SA could not be moved");
+            }
+        }
+        if let Some(pair) = self
+            .tunnels
+            .get_mut(id)
+            .and_then(|tunnel| tunnel.pairs.get_mut(&sa))
+        {
+            pair.outer = outer;
+        }
+    }
+
+    fn failed(&mut self, failure: &Failure) {
+        let tunnel = failure
+            .peer
+            .map_or_else(|| "-".to_owned(), |peer| self.name_of(peer));
+        if let Some(state) = failure
+            .peer
+            .and_then(|peer| self.tunnels.get_mut(tunnel_of(peer)))
+        {
+            state.failure = Some(failure.to_string());
+        }
+        if self.failures.allows(Instant::now()) {
+            warn!(tunnel, peer = %failure.remote, "{failure}");
+        }
+    }
+
+    pub(super) async fn engine_event(&mut self, event: seam::Event) {
+        let now = self.now();
+        match event {
+            seam::Event::Ike(datagram) => {
+                self.endpoint
+                    .handle_datagram(now, datagram.local, datagram.remote, &datagram.bytes)
+            }
+            seam::Event::Acquire {
+                tunnel,
+                child,
+                flow,
+            } => {
+                let wanted = self.tunnels.get(tunnel).is_some_and(|state| !state.down);
+                if let (true, Some(local)) = (wanted, self.local_address(tunnel).await) {
+                    info!(
+                        tunnel = self.name_of(PeerId(tunnel.0)),
+                        "a packet from {} to {} asks for the tunnel", flow.source, flow.destination
+                    );
+                    self.endpoint.handle_command(
+                        now,
+                        Command::Acquire(PeerId(tunnel.0), ChildName(child.0), local),
+                    );
+                }
+            }
+            seam::Event::Lifetime { sa, kind } => {
+                if let Some((_, child)) = self.tunnels.owner(sa) {
+                    let command = match kind {
+                        LifetimeKind::Soft => Command::Expiring(child),
+                        LifetimeKind::Hard => Command::Expired(child),
+                    };
+                    self.endpoint.handle_command(now, command);
+                }
+            }
+            seam::Event::PeerMoved { sa, remote } => {
+                if let Some((_, child)) = self.tunnels.owner(sa) {
+                    self.endpoint
+                        .handle_command(now, Command::PeerMoved(child, remote));
+                }
+            }
+            seam::Event::UnknownSpi { spi, local, remote } => {
+                debug!(%spi, %local, %remote, "ESP that names no SA");
+            }
+            seam::Event::LedgerChanged(ledger) => {
+                self.tunnels.note_offload(ledger.sa, ledger.offload);
+            }
+            seam::Event::MtuChanged { tunnel, mtu } => {
+                if let Some(state) = self.tunnels.get_mut(tunnel) {
+                    debug!(tunnel = state.config.name, mtu, "device MTU");
+                    state.mtu = Some(mtu);
+                }
+            }
+            seam::Event::RecursiveRoute { tunnel, remote } => {
+                let name = self.name_of(PeerId(tunnel.0));
+                if let Some(state) = self.tunnels.get_mut(tunnel) {
+                    state.failure = Some(format!(
+                        "recursive route: {remote} is routed into a tunnel of ours"
+                    ));
+                }
+                warn!(tunnel = name, peer = %remote, "recursive route: the peer is routed into a tunnel of ours; nothing is sent");
+            }
+        }
+    }
+}

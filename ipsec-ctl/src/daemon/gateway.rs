@@ -1,0 +1,353 @@
+//! The daemon's state and its loop.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, sleep, sleep_until},
+};
+use tracing::{error, info, warn};
+
+use super::{convert, jobs::Pool, tunnels::Tunnels};
+use crate::{
+    api::{Request, server::ServerError},
+    config::{Config, Peer, Role},
+    dataplane::{
+        seam::{self, IkeDatagram, TunnelId},
+        xdp::engine::{self, Engine, EngineConfig},
+    },
+    ike::{
+        Endpoint,
+        config::{EndpointConfig, PeerId},
+        event::Command,
+        job::{Job, JobResult},
+        rng::SystemRandom,
+        time::Time,
+    },
+    net::netlink::Netlink,
+};
+
+/// How often the daemon looks at counters, and at tunnels whose peers had no route.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a daemon that stops waits for its peers to confirm.
+const FAREWELL: Duration = Duration::from_millis(800);
+
+/// Why the gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The log filter cannot be parsed.
+    #[error("the log cannot be started: {0}")]
+    Log(String),
+    /// No threads.
+    #[error("the runtime cannot be started: {0}")]
+    Runtime(io::Error),
+    /// The control socket cannot be opened.
+    #[error(transparent)]
+    Control(#[from] ServerError),
+    /// The data plane cannot be started.
+    #[error("the data plane cannot be started: {0}")]
+    Engine(#[from] engine::StartError),
+    /// A tunnel cannot be set up.
+    #[error("tunnel {name} cannot be set up: {cause}")]
+    Tunnel {
+        /// Its name.
+        name: String,
+        /// Why.
+        cause: seam::Rejected,
+    },
+}
+
+/// Everything that the daemon has.
+pub(super) struct Gateway {
+    pub(super) path: PathBuf,
+    pub(super) config: Config,
+    pub(super) engine: Engine,
+    pub(super) endpoint: Endpoint,
+    pub(super) netlink: Netlink,
+    pub(super) tunnels: Tunnels,
+    pub(super) started: Instant,
+    pub(super) failures: super::events::LogLimit,
+    pool: Pool<Job>,
+    results: mpsc::UnboundedReceiver<JobResult>,
+    events: mpsc::Receiver<seam::Event>,
+}
+
+impl Gateway {
+    /// Starts the data plane and sets the tunnels up. Nothing is negotiated before [`Self::run`].
+    pub(super) async fn start(path: &Path, config: Config) -> Result<Self, StartError> {
+        let netlink = Netlink::open().map_err(StartError::Runtime)?;
+        let (engine, events) = Engine::start(EngineConfig {
+            instance: config.instance.clone(),
+            mark: config.mark,
+            ike_port: config.ports.ike,
+            nat_port: config.ports.nat_traversal,
+            interfaces: config.interfaces.clone(),
+            workers: config.workers,
+            busy_poll: config.busy_poll,
+        })
+        .await?;
+        let (pool, results) = Pool::start(Job::run).map_err(StartError::Runtime)?;
+        let endpoint = Endpoint::new(
+            EndpointConfig {
+                ike_port: config.ports.ike,
+                nat_port: config.ports.nat_traversal,
+                cookie_threshold: config.limits.cookie_threshold,
+                half_open: config.limits.half_open,
+                half_open_per_source: config.limits.half_open_per_source,
+            },
+            Box::new(SystemRandom::new()),
+        );
+        let mut gateway = Self {
+            path: path.to_owned(),
+            engine,
+            endpoint,
+            netlink,
+            tunnels: Tunnels::default(),
+            started: Instant::now(),
+            failures: super::events::LogLimit::default(),
+            pool,
+            results,
+            events,
+            config,
+        };
+        for tunnel in gateway.config.tunnels.clone() {
+            let name = tunnel.name.clone();
+            gateway
+                .add_tunnel(tunnel)
+                .await
+                .map_err(|cause| StartError::Tunnel { name, cause })?;
+        }
+        Ok(gateway)
+    }
+
+    /// Time as the endpoint counts it.
+    pub(super) fn now(&self) -> Time {
+        Time(self.started.elapsed())
+    }
+
+    /// The loop.
+    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
+            signal(SignalKind::terminate()),
+            signal(SignalKind::interrupt()),
+            signal(SignalKind::hangup()),
+        ) else {
+            return error!("signals cannot be caught");
+        };
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        info!(
+            tunnels = self.config.tunnels.len(),
+            instance = self.config.instance,
+            "the gateway runs"
+        );
+        loop {
+            self.drain().await;
+            let due = self.next_timeout();
+            tokio::select! {
+                event = self.events.recv() => match event {
+                    Some(event) => self.engine_event(event).await,
+                    None => return error!("the data plane has stopped"),
+                },
+                Some(result) = self.results.recv() => {
+                    let now = self.now();
+                    self.endpoint.handle_job(now, result);
+                }
+                Some(request) = requests.recv() => self.request(request).await,
+                () = sleep_until(due.into()) => {
+                    let now = self.now();
+                    self.endpoint.handle_timeout(now);
+                }
+                _ = tick.tick() => self.tick().await,
+                _ = hangup.recv() => self.reload_on_signal().await,
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
+        self.stop().await;
+    }
+
+    fn next_timeout(&self) -> Instant {
+        let idle = self.started + Duration::from_secs(365 * 86_400);
+        self.endpoint
+            .poll_timeout()
+            .and_then(|time| self.started.checked_add(time.0))
+            .unwrap_or(idle)
+    }
+
+    /// Does everything that the endpoint wants done.
+    pub(super) async fn drain(&mut self) {
+        loop {
+            if let Some(event) = self.endpoint.poll_event() {
+                self.ike_event(event).await;
+            } else if let Some(transmit) = self.endpoint.poll_transmit() {
+                let datagram = IkeDatagram {
+                    local: transmit.local,
+                    remote: transmit.remote,
+                    bytes: transmit.bytes,
+                };
+                // Retransmission mends what is lost here as it does what is lost on the way.
+                let _ = self.engine.command(seam::Command::SendIke(datagram)).await;
+            } else if let Some(job) = self.endpoint.poll_job() {
+                if !self.pool.submit(job) {
+                    warn!("too many key exchanges at once; one was given up");
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
+    async fn tick(&mut self) {
+        self.hint_traffic();
+        let pending: Vec<TunnelId> = self
+            .tunnels
+            .iter()
+            .filter(|(_, tunnel)| tunnel.pending)
+            .map(|(id, _)| id)
+            .collect();
+        for id in pending {
+            self.bring_up(id).await;
+        }
+    }
+
+    /// Tells the endpoint what the SAs have carried, which is how it knows that a peer lives.
+    fn hint_traffic(&mut self) {
+        let now = self.now();
+        let mut moved = std::collections::BTreeMap::new();
+        for stats in self.engine.sa_stats() {
+            let packets = stats.fast.packets.saturating_add(stats.slow.packets);
+            if let Some((tunnel, sa)) = self.tunnels.owner(stats.sa) {
+                let inbound = self
+                    .tunnels
+                    .get(tunnel)
+                    .and_then(|tunnel| tunnel.pairs.get(&sa))
+                    .is_some_and(|pair| pair.inbound == stats.sa);
+                let entry: &mut (u64, u64) = moved.entry(sa).or_default();
+                if inbound {
+                    entry.0 = packets;
+                } else {
+                    entry.1 = packets;
+                }
+            }
+        }
+        for (sa, (inbound, outbound)) in moved {
+            self.endpoint.handle_command(
+                now,
+                Command::Traffic {
+                    sa,
+                    inbound,
+                    outbound,
+                },
+            );
+        }
+    }
+
+    /// Adds a tunnel to the data plane and to the endpoint, and starts it if it is ours to start.
+    pub(super) async fn add_tunnel(
+        &mut self,
+        config: crate::config::Tunnel,
+    ) -> Result<(), seam::Rejected> {
+        let starts = config.role == Role::Initiate;
+        let on_demand = config.role == Role::OnDemand;
+        let id = self.tunnels.add(config.clone());
+        let spec = convert::tunnel_spec(id, &config);
+        if let Err(rejected) = self
+            .engine
+            .command(seam::Command::SetTunnel(Box::new(spec)))
+            .await
+        {
+            self.tunnels.remove(id);
+            return Err(rejected);
+        }
+        let _ = self
+            .engine
+            .command(seam::Command::SetCarrier(id, on_demand))
+            .await;
+        let now = self.now();
+        self.endpoint.handle_command(
+            now,
+            Command::SetPeer(Box::new(convert::peer_config(id, &config))),
+        );
+        if starts {
+            self.bring_up(id).await;
+        }
+        Ok(())
+    }
+
+    /// Starts a tunnel, or notes that it waits for a route to its peer.
+    pub(super) async fn bring_up(&mut self, id: TunnelId) {
+        let Some(local) = self.local_address(id).await else {
+            if let Some(tunnel) = self.tunnels.get_mut(id) {
+                if !tunnel.pending {
+                    warn!(tunnel = tunnel.config.name, "there is no route to the peer");
+                }
+                tunnel.pending = true;
+                tunnel.failure = Some("there is no route to the peer".to_owned());
+            }
+            return;
+        };
+        if let Some(tunnel) = self.tunnels.get_mut(id) {
+            tunnel.pending = false;
+        }
+        let now = self.now();
+        self.endpoint
+            .handle_command(now, Command::Up(PeerId(id.0), local));
+    }
+
+    /// Our address and port towards the peer: as configured, or as the kernel routes our own packets.
+    pub(super) async fn local_address(&self, id: TunnelId) -> Option<SocketAddr> {
+        let tunnel = self.tunnels.get(id)?;
+        let port = self.config.ports.ike;
+        if let Some(local) = tunnel.config.local {
+            return Some(SocketAddr::new(local, port));
+        }
+        let Peer::Address(peer) = tunnel.config.peer else {
+            return None;
+        };
+        self.source_towards(peer)
+            .await
+            .map(|local| SocketAddr::new(local, port))
+    }
+
+    async fn source_towards(&self, peer: IpAddr) -> Option<IpAddr> {
+        let mark = Some(self.config.mark);
+        match self.netlink.way(peer, None, mark).await {
+            Ok(way) => way.and_then(|way| way.source),
+            Err(cause) => {
+                warn!(%peer, %cause, "the way to the peer cannot be looked up");
+                None
+            }
+        }
+    }
+
+    /// Says farewell to the peers. Devices, routes and backstops stay: what is protected stays closed.
+    async fn stop(mut self) {
+        info!(
+            "the gateway stops; what it protects stays blocked until it runs again or `ipsec-ctl release`"
+        );
+        let now = self.now();
+        self.endpoint.handle_command(now, Command::Shutdown);
+        self.drain().await;
+        let end = sleep(FAREWELL);
+        tokio::pin!(end);
+        while !self.endpoint.is_empty() {
+            tokio::select! {
+                event = self.events.recv() => match event {
+                    Some(event) => self.engine_event(event).await,
+                    None => break,
+                },
+                () = &mut end => break,
+            }
+            self.drain().await;
+        }
+        self.engine.stop().await;
+        let _ = std::fs::remove_file(&self.config.control_socket);
+    }
+}

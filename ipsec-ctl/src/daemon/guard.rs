@@ -1,0 +1,76 @@
+//! What holds without a daemon: backstops before it starts, and the way to take all of it down.
+
+use std::io;
+
+use super::convert;
+use crate::{
+    config::Config,
+    dataplane::{
+        routing::{self, Routing},
+        seam::TunnelId,
+    },
+    net::{netlink::Netlink, tun::Tun},
+};
+
+/// Blocks everything that the configuration protects, until a daemon opens the tunnels. Returns what was done, in
+/// words.
+///
+/// # Errors
+///
+/// What the kernel refused; the rest was done.
+pub fn guard(config: &Config) -> io::Result<String> {
+    in_runtime(async {
+        let netlink = Netlink::open()?;
+        let mut routing = Routing::new(netlink.clone(), config.mark);
+        let mut prefixes = 0;
+        for (number, tunnel) in (1..).zip(&config.tunnels) {
+            let spec = convert::tunnel_spec(TunnelId(number), tunnel).routing;
+            prefixes += spec.remote.len();
+            // A device that a dead daemon has left stays in its place: it is down or has no reader, so it blocks, too.
+            let device = netlink
+                .link(&tunnel.device)
+                .await
+                .map_err(io::Error::other)?
+                .map(|link| link.index);
+            routing.set(number, device, &spec);
+        }
+        routing.apply().await.map_err(io::Error::other)?;
+        Ok(format!(
+            "{prefixes} prefix(es) of {} tunnel(s) are blocked until the gateway runs\n",
+            config.tunnels.len()
+        ))
+    })
+}
+
+/// Removes devices, routes and rules. Returns what was done, in words.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn release(config: &Config) -> io::Result<String> {
+    in_runtime(async {
+        let netlink = Netlink::open()?;
+        routing::release(&netlink).await.map_err(io::Error::other)?;
+        let mut devices = 0;
+        for tunnel in &config.tunnels {
+            let there = netlink
+                .link(&tunnel.device)
+                .await
+                .map_err(io::Error::other)?;
+            if there.is_some() {
+                Tun::open(&tunnel.device)?.remove()?;
+                devices += 1;
+            }
+        }
+        Ok(format!(
+            "{devices} device(s) and all routes and rules of ours are gone; nothing is protected any more\n"
+        ))
+    })
+}
+
+fn in_runtime(work: impl Future<Output = io::Result<String>>) -> io::Result<String> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
+}

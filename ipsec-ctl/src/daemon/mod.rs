@@ -1,0 +1,46 @@
+//! Wiring: the IKE endpoint, the data plane, the control socket, timers and signals, in one task.
+//!
+//! One loop owns everything. Each turn takes one input, then drains the endpoint completely: events first, for an SA must
+//! be installed before the peer can use it, then datagrams and jobs.
+#![forbid(unsafe_code)]
+
+mod convert;
+mod events;
+mod gateway;
+mod guard;
+mod jobs;
+mod log;
+mod reload;
+mod report;
+mod tunnels;
+
+use std::path::Path;
+
+use tokio::sync::mpsc;
+
+pub use gateway::StartError;
+pub use guard::{guard, release};
+
+use crate::config::Config;
+
+/// Runs the gateway until it is told to stop by SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// [`StartError`], with nothing left running.
+pub fn run(path: &Path, config: Config, filter: &str) -> Result<(), StartError> {
+    log::start(filter).map_err(StartError::Log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(StartError::Runtime)?;
+    runtime.block_on(async {
+        let (requests, inbox) = mpsc::channel(64);
+        let listener = crate::api::server::open(&config.control_socket)?;
+        let gateway = gateway::Gateway::start(path, config).await?;
+        tokio::spawn(crate::api::server::serve(listener, requests));
+        gateway.run(inbox).await;
+        Ok(())
+    })
+}

@@ -1,0 +1,277 @@
+//! What `status` and `counters` show.
+
+use std::{fs, path::Path};
+
+use super::{convert, gateway::Gateway, tunnels::TunnelState};
+use crate::{
+    api::{
+        Request,
+        model::{
+            Child, Counter, Direction, Done, IkeSa, Interface, Refused, State, Status, Tunnel,
+        },
+    },
+    config::{Peer, Role},
+    dataplane::seam::{InterfaceStatus, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode},
+    ike::{
+        config::{ChildName, PeerId},
+        event::{Command, IkeInfo},
+    },
+};
+
+impl Gateway {
+    pub(super) async fn request(&mut self, request: Request) {
+        // Whoever asked and went away does not want the answer.
+        match request {
+            Request::Status(answer) => drop(answer.send(self.status())),
+            Request::Counters(answer) => drop(answer.send(self.counters())),
+            Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
+            Request::Down(name, answer) => drop(answer.send(self.down(&name))),
+            Request::Reload(answer) => drop(answer.send(self.reload().await)),
+        }
+    }
+
+    async fn up(&mut self, name: &str) -> Result<Done, Refused> {
+        let id = self.named(name)?;
+        let Some(tunnel) = self.tunnels.get_mut(id) else {
+            return Err(self.unknown(name));
+        };
+        tunnel.down = false;
+        if matches!(tunnel.config.peer, Peer::Any) {
+            return Err(Refused {
+                message: format!("tunnel {name} has no peer address"),
+                remedy: "its peer starts it; wait for the peer, or configure `peer`".to_owned(),
+            });
+        }
+        self.bring_up(id).await;
+        Ok(Done {
+            lines: vec![format!(
+                "{name} is coming up; `ipsec-ctl status {name}` tells how far it is"
+            )],
+        })
+    }
+
+    fn down(&mut self, name: &str) -> Result<Done, Refused> {
+        let id = self.named(name)?;
+        let now = self.now();
+        if let Some(tunnel) = self.tunnels.get_mut(id) {
+            tunnel.down = true;
+            tunnel.pending = false;
+        }
+        self.endpoint
+            .handle_command(now, Command::Down(PeerId(id.0)));
+        Ok(Done {
+            lines: vec![format!("{name} is down; what it protects stays blocked")],
+        })
+    }
+
+    fn named(&self, name: &str) -> Result<TunnelId, Refused> {
+        self.tunnels.find(name).ok_or_else(|| self.unknown(name))
+    }
+
+    fn unknown(&self, name: &str) -> Refused {
+        let known: Vec<&str> = self
+            .tunnels
+            .iter()
+            .map(|(_, tunnel)| tunnel.config.name.as_str())
+            .collect();
+        Refused {
+            message: format!("there is no tunnel `{name}`"),
+            remedy: format!("the daemon knows these: {}", known.join(", ")),
+        }
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        self.engine
+            .counters()
+            .into_iter()
+            .map(|(reason, packets)| Counter {
+                name: reason.name().to_owned(),
+                kind: format!("{:?}", reason.kind()).to_lowercase(),
+                packets,
+                meaning: reason.meaning().to_owned(),
+            })
+            .collect()
+    }
+
+    fn status(&self) -> Status {
+        let stats = self.engine.sa_stats();
+        let established: Vec<(PeerId, IkeInfo)> = self
+            .endpoint
+            .established()
+            .map(|(_, peer, info)| (peer, info))
+            .collect();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            instance: self.config.instance.clone(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            memory_bytes: resident_bytes(),
+            interfaces: self
+                .engine
+                .interfaces()
+                .into_iter()
+                .map(|interface| Interface {
+                    fast_path: interface_words(&interface),
+                    name: interface.name,
+                })
+                .collect(),
+            tunnels: self
+                .tunnels
+                .iter()
+                .map(|(id, tunnel)| {
+                    // The newest IKE SA is the one that counts; an older one is about to go.
+                    let ike = established
+                        .iter()
+                        .rev()
+                        .find(|(peer, _)| peer.0 == id.0)
+                        .map(|(_, info)| info);
+                    self.tunnel_status(id, tunnel, ike, &stats)
+                })
+                .collect(),
+        }
+    }
+
+    fn tunnel_status(
+        &self,
+        id: TunnelId,
+        tunnel: &TunnelState,
+        ike: Option<&IkeInfo>,
+        stats: &[SaStats],
+    ) -> Tunnel {
+        let connecting = self.endpoint.is_connecting(PeerId(id.0));
+        let state = match (tunnel.down, ike, connecting) {
+            (true, _, _) => State::Down,
+            (false, Some(_), _) if !tunnel.pairs.is_empty() => State::Up,
+            (false, Some(_), _) | (false, None, true) => State::Connecting,
+            (false, None, false) => State::Waiting,
+        };
+        Tunnel {
+            name: tunnel.config.name.clone(),
+            state,
+            device: tunnel.config.device.clone(),
+            mtu: tunnel.mtu,
+            peer: match tunnel.config.peer {
+                Peer::Address(address) => address.to_string(),
+                Peer::Any => "any".to_owned(),
+            },
+            role: match tunnel.config.role {
+                Role::Initiate => "initiate",
+                Role::OnDemand => "on-demand",
+                Role::Respond => "respond",
+            }
+            .to_owned(),
+            last_failure: tunnel.failure.clone(),
+            fast_path: tunnel.config.fast_path,
+            ike: ike.map(|info| self.ike_status(info)),
+            children: (0..)
+                .zip(&tunnel.config.children)
+                .map(|(number, child)| {
+                    self.child_status(tunnel, ChildName(number), child, state, stats)
+                })
+                .collect(),
+        }
+    }
+
+    fn ike_status(&self, info: &IkeInfo) -> IkeSa {
+        IkeSa {
+            initiator_spi: info.spi_i.to_string(),
+            responder_spi: info.spi_r.to_string(),
+            initiator: info.initiator,
+            suite: info.suite.to_string(),
+            local: info.local,
+            remote: info.remote,
+            local_id: info.local_id.to_string(),
+            remote_id: info.remote_id.to_string(),
+            nat: convert::nat_words(info).to_owned(),
+            age_seconds: (self.now() - info.since).as_secs(),
+        }
+    }
+
+    fn child_status(
+        &self,
+        tunnel: &TunnelState,
+        name: ChildName,
+        config: &crate::config::Child,
+        state: State,
+        stats: &[SaStats],
+    ) -> Child {
+        let words = |selectors: &[ipsec_common::TrafficSelector]| {
+            selectors.iter().map(ToString::to_string).collect()
+        };
+        // The newest pair is the one that sends.
+        let pair = tunnel.pairs.values().rfind(|pair| pair.child == name);
+        let Some(pair) = pair else {
+            return Child {
+                name: config.name.clone(),
+                state: if state == State::Up {
+                    State::Waiting
+                } else {
+                    state
+                },
+                local: words(&config.local),
+                remote: words(&config.remote),
+                suite: None,
+                age_seconds: None,
+                encapsulated: false,
+                inbound: None,
+                outbound: None,
+            };
+        };
+        Child {
+            name: config.name.clone(),
+            state: State::Up,
+            local: words(&pair.local),
+            remote: words(&pair.remote),
+            suite: Some(pair.suite.to_string()),
+            age_seconds: Some((self.now() - pair.since).as_secs()),
+            encapsulated: pair.outer.encapsulated,
+            inbound: self.direction(pair.inbound, pair.spi_in.0, stats),
+            outbound: self.direction(pair.outbound, pair.spi_out.0, stats),
+        }
+    }
+
+    fn direction(&self, sa: SaId, spi: u32, stats: &[SaStats]) -> Option<Direction> {
+        let stats = stats.iter().find(|stats| stats.sa == sa)?;
+        Some(Direction {
+            spi,
+            offload: self
+                .tunnels
+                .offload(sa)
+                .unwrap_or(Offload::Declined(OffloadReason::NoXdp)),
+            fast: stats.fast,
+            slow: stats.slow,
+            sequence: stats.sequence,
+            replayed: stats.replayed,
+            forged: stats.forged,
+        })
+    }
+}
+
+/// How packets are taken from an interface, in words.
+fn interface_words(interface: &InterfaceStatus) -> String {
+    let xdp = match interface.xdp {
+        None => {
+            let reason = interface.reason.map(OffloadReason::name);
+            return format!("slow path only ({})", reason.unwrap_or("no reason given"));
+        }
+        Some(XdpMode::Native) => "native XDP",
+        Some(XdpMode::Generic) => "generic XDP",
+    };
+    let copy = if interface.zero_copy {
+        "zero-copy"
+    } else {
+        "copy mode"
+    };
+    format!("{xdp}, AF_XDP in {copy} on {} queue(s)", interface.queues)
+}
+
+/// Resident memory of this process, or 0 where /proc does not tell.
+fn resident_bytes() -> u64 {
+    fs::read_to_string(Path::new("/proc/self/status"))
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("VmRSS:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .unwrap_or(0)
+        * 1024
+}

@@ -1,0 +1,158 @@
+//! What the daemon knows of each configured tunnel beyond its configuration.
+
+use std::collections::{BTreeMap, HashMap};
+
+use ipsec_common::{Spi, TrafficSelector};
+
+use crate::{
+    config::Tunnel,
+    dataplane::seam::{Offload, SaId, TunnelId},
+    ike::{
+        config::ChildName,
+        crypto::ChildSuite,
+        event::{ChildSaId, OuterAddresses},
+        time::Time,
+    },
+};
+
+/// A tunnel and its state.
+#[derive(Debug)]
+pub(super) struct TunnelState {
+    /// Its configuration.
+    pub(super) config: Tunnel,
+    /// The operator took it down.
+    pub(super) down: bool,
+    /// It should be brought up as soon as there is a route to its peer.
+    pub(super) pending: bool,
+    /// The last failure, until it is up.
+    pub(super) failure: Option<String>,
+    /// MTU of its device.
+    pub(super) mtu: Option<u16>,
+    /// Pairs of SAs that are installed.
+    pub(super) pairs: BTreeMap<ChildSaId, SaPair>,
+}
+
+/// A pair of installed SAs.
+#[derive(Debug)]
+pub(super) struct SaPair {
+    /// The configured child.
+    pub(super) child: ChildName,
+    /// Id of the inbound SA in the data plane.
+    pub(super) inbound: SaId,
+    /// Id of the outbound SA in the data plane.
+    pub(super) outbound: SaId,
+    /// Inbound SPI.
+    pub(super) spi_in: Spi,
+    /// Outbound SPI.
+    pub(super) spi_out: Spi,
+    /// Algorithms.
+    pub(super) suite: ChildSuite,
+    /// Our selectors.
+    pub(super) local: Vec<TrafficSelector>,
+    /// The peer's selectors.
+    pub(super) remote: Vec<TrafficSelector>,
+    /// Outer addresses.
+    pub(super) outer: OuterAddresses,
+    /// When it was installed.
+    pub(super) since: Time,
+}
+
+/// All tunnels.
+#[derive(Debug, Default)]
+pub(super) struct Tunnels {
+    by_id: BTreeMap<TunnelId, TunnelState>,
+    owners: HashMap<SaId, (TunnelId, ChildSaId)>,
+    ledger: HashMap<SaId, Offload>,
+    next_tunnel: u32,
+    next_sa: u64,
+}
+
+impl Tunnels {
+    /// Adds a tunnel.
+    pub(super) fn add(&mut self, config: Tunnel) -> TunnelId {
+        self.next_tunnel += 1;
+        let id = TunnelId(self.next_tunnel);
+        self.by_id.insert(
+            id,
+            TunnelState {
+                config,
+                down: false,
+                pending: false,
+                failure: None,
+                mtu: None,
+                pairs: BTreeMap::new(),
+            },
+        );
+        id
+    }
+
+    pub(super) fn remove(&mut self, id: TunnelId) {
+        if let Some(tunnel) = self.by_id.remove(&id) {
+            for pair in tunnel.pairs.values() {
+                self.forget(pair);
+            }
+        }
+    }
+
+    pub(super) fn get(&self, id: TunnelId) -> Option<&TunnelState> {
+        self.by_id.get(&id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: TunnelId) -> Option<&mut TunnelState> {
+        self.by_id.get_mut(&id)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (TunnelId, &TunnelState)> {
+        self.by_id.iter().map(|(id, tunnel)| (*id, tunnel))
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<TunnelId> {
+        self.iter()
+            .find(|(_, tunnel)| tunnel.config.name == name)
+            .map(|(id, _)| id)
+    }
+
+    /// A name for an SA in the data plane.
+    pub(super) fn new_sa(&mut self) -> SaId {
+        self.next_sa += 1;
+        SaId(self.next_sa)
+    }
+
+    /// Notes an installed pair.
+    pub(super) fn installed(&mut self, id: TunnelId, sa: ChildSaId, pair: SaPair) {
+        if let Some(tunnel) = self.by_id.get_mut(&id) {
+            self.owners.insert(pair.inbound, (id, sa));
+            self.owners.insert(pair.outbound, (id, sa));
+            tunnel.pairs.insert(sa, pair);
+        }
+    }
+
+    /// Takes a pair out.
+    pub(super) fn removed(&mut self, id: TunnelId, sa: ChildSaId) -> Option<SaPair> {
+        let pair = self.by_id.get_mut(&id)?.pairs.remove(&sa)?;
+        self.forget(&pair);
+        Some(pair)
+    }
+
+    fn forget(&mut self, pair: &SaPair) {
+        for sa in [pair.inbound, pair.outbound] {
+            self.owners.remove(&sa);
+            self.ledger.remove(&sa);
+        }
+    }
+
+    /// The pair that an SA of the data plane belongs to.
+    pub(super) fn owner(&self, sa: SaId) -> Option<(TunnelId, ChildSaId)> {
+        self.owners.get(&sa).copied()
+    }
+
+    /// Notes how an SA is carried.
+    pub(super) fn note_offload(&mut self, sa: SaId, offload: Offload) {
+        self.ledger.insert(sa, offload);
+    }
+
+    /// How an SA is carried.
+    pub(super) fn offload(&self, sa: SaId) -> Option<Offload> {
+        self.ledger.get(&sa).copied()
+    }
+}
