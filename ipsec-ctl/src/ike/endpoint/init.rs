@@ -2,16 +2,13 @@
 
 use std::net::SocketAddr;
 
-use super::{Endpoint, Refusal};
+use super::{Endpoint, Refusal, unprotected::notify};
 use crate::ike::{
     config::{NatPolicy, PeerConfig},
     crypto::IkeProposal,
-    event::{FailureReason, Stage, Transmit},
+    event::{FailureReason, Stage},
     exchange::InitRequest,
-    message::{
-        ExchangeType, Flags, Header, IkeSpi, Message, MessageId, Payload, PayloadType,
-        payload::{Notify, NotifyType},
-    },
+    message::{Header, IkeSpi, Message, MessageId, payload::NotifyType},
     negotiate::proposals,
     sa::{Accept, IkeSa, State},
     time::Time,
@@ -38,8 +35,10 @@ impl Endpoint {
         if let Some(id) = self.by_init.get(&(remote, spi_i)).copied() {
             return self.repeated_init(now, id, bytes);
         }
-        let Ok(request) = InitRequest::sort(message.payloads) else {
-            return self.shared.refuse(Refusal::Malformed);
+        let header = message.header;
+        let request = match InitRequest::sort(message.payloads) {
+            Ok(request) => request,
+            Err(error) => return self.bad_init(now, local, remote, &header, error),
         };
         if !self.is_welcome(now, local, remote, spi_i, &request) {
             return;
@@ -48,13 +47,16 @@ impl Endpoint {
         let peers: Vec<PeerConfig> = self.shared.peers_at(remote.ip()).cloned().collect();
         if peers.is_empty() {
             let detail = format!("it offers {}", proposals::describe(&request.sa));
-            self.shared.fail(
-                None,
-                remote,
-                Stage::Init,
-                FailureReason::UnknownPeer,
-                detail,
-            );
+            if self.complaints.allows(now) {
+                self.shared.fail(
+                    None,
+                    remote,
+                    Stage::Init,
+                    FailureReason::UnknownPeer,
+                    detail,
+                );
+            }
+            self.shared.refuse(Refusal::UnknownPeer);
             return self
                 .shared
                 .transmits
@@ -64,7 +66,10 @@ impl Endpoint {
             proposals::choose_ike(&peer.proposals, &request.sa, Some(request.ke.method.0))
         });
         let Some((suite, number)) = chosen else {
-            self.refuse_offer(remote, &peers, &request);
+            if self.complaints.allows(now) {
+                self.refuse_offer(remote, &peers, &request);
+            }
+            self.shared.refuse(Refusal::NoProposal);
             return self
                 .shared
                 .transmits
@@ -179,35 +184,4 @@ impl Endpoint {
             detail,
         );
     }
-}
-
-/// A response without state: the responder's SPI stays zero.
-fn notify(
-    local: SocketAddr,
-    remote: SocketAddr,
-    spi_i: IkeSpi,
-    kind: NotifyType,
-    data: &[u8],
-) -> Option<Transmit> {
-    let message = Message {
-        header: Header {
-            spi_i,
-            spi_r: IkeSpi(0),
-            first: PayloadType::NONE,
-            minor: 0,
-            exchange: ExchangeType::IKE_SA_INIT,
-            flags: Flags {
-                initiator: false,
-                version: false,
-                response: true,
-            },
-            message_id: MessageId(0),
-        },
-        payloads: vec![Payload::Notify(Notify::new(kind, data))],
-    };
-    message.emit().ok().map(|bytes| Transmit {
-        local,
-        remote,
-        bytes,
-    })
 }

@@ -6,6 +6,7 @@
 mod cookie;
 mod init;
 mod shared;
+mod unprotected;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,7 +17,7 @@ use std::{
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
-use self::cookie::Cookies;
+use self::{cookie::Cookies, unprotected::Rate};
 use super::{
     config::{EndpointConfig, PeerId, Role},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
@@ -30,7 +31,7 @@ use super::{
 /// Time for which an IKE SA that was replaced still receives. The side that started the exchange deletes it; the other
 /// waits longer and does so only if that side does not.
 fn grace(first: bool) -> Duration {
-    Duration::from_secs(if first { 2 } else { 10 })
+    Duration::from_secs(if first { 2 } else { 40 })
 }
 
 /// The endpoint.
@@ -41,6 +42,10 @@ pub struct Endpoint {
     /// Half-open IKE SAs by the peer's address, port and SPI, to know a repeated IKE_SA_INIT.
     by_init: HashMap<(SocketAddr, IkeSpi), IkeSaId>,
     cookies: Cookies,
+    /// Responses to those who have no IKE SA with us.
+    courtesy: Rate,
+    /// What the operator is told of those who are refused before anything about them is known.
+    complaints: Rate,
     next_sa: u64,
 }
 
@@ -55,6 +60,8 @@ impl Endpoint {
             by_spi: HashMap::new(),
             by_init: HashMap::new(),
             cookies,
+            courtesy: Rate::default(),
+            complaints: Rate::default(),
             next_sa: 1,
         }
     }
@@ -69,7 +76,7 @@ impl Endpoint {
     ) {
         let message = match Message::parse(bytes) {
             Ok(message) => message,
-            Err(_) => return self.shared.refuse(Refusal::Malformed),
+            Err(error) => return self.not_understood(now, local, remote, bytes, error),
         };
         let header = message.header;
         if header.exchange == ExchangeType::IKE_SA_INIT
@@ -85,7 +92,7 @@ impl Endpoint {
             header.spi_i
         };
         let Some(id) = self.by_spi.get(&ours).copied() else {
-            return self.shared.refuse(Refusal::UnknownSpi);
+            return self.unknown_spi(now, local, remote, &message);
         };
         if let Some(sa) = self.sas.get_mut(&id) {
             let peers = if header.flags.initiator {
@@ -114,6 +121,7 @@ impl Endpoint {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.keep_what_is_needed(now);
         for sa in self.sas.values_mut() {
             if sa.next_timeout(&self.shared).is_some_and(|at| at <= now) {
                 sa.handle_timeout(&mut self.shared, now);
@@ -165,7 +173,7 @@ impl Endpoint {
     pub fn is_connecting(&self, peer: PeerId) -> bool {
         self.sas
             .values()
-            .any(|sa| sa.peer == Some(peer) && sa.established.is_none())
+            .any(|sa| sa.peer == Some(peer) && sa.established.is_none() && !sa.is_ending())
     }
 
     /// Number of half-open IKE SAs.
@@ -173,14 +181,17 @@ impl Endpoint {
         self.sas.values().filter(|sa| sa.is_half_open()).count()
     }
 
-    /// Number of IKE SAs in whatever state.
+    /// Number of IKE SAs in whatever state, without those that are over but for repeating their last response.
     pub fn len(&self) -> usize {
-        self.sas.len()
+        self.sas
+            .values()
+            .filter(|sa| sa.state != State::Lingering)
+            .count()
     }
 
     /// Whether there is no IKE SA at all.
     pub fn is_empty(&self) -> bool {
-        self.sas.is_empty()
+        self.len() == 0
     }
 
     /// Does what the caller wants.
@@ -255,7 +266,7 @@ impl Endpoint {
     fn has_ike_sa(&self, peer: PeerId) -> bool {
         self.sas
             .values()
-            .any(|sa| sa.peer == Some(peer) && !matches!(sa.state, State::Deleting | State::Closed))
+            .any(|sa| sa.peer == Some(peer) && !sa.is_ending())
     }
 
     fn delete_all(&mut self, now: Time, peer: PeerId, reason: DownReason) {
@@ -384,6 +395,20 @@ impl Endpoint {
                 }
             }
             Closed::Wanted | Closed::Lost => {}
+        }
+    }
+
+    /// An IKE SA that was replaced stays while the newer one still asks for its children.
+    fn keep_what_is_needed(&mut self, now: Time) {
+        let due = |sa: &IkeSa| sa.retires(now).then_some(sa.peer).flatten();
+        let peers: Vec<PeerId> = self.sas.values().filter_map(due).collect();
+        for peer in peers {
+            let mut same = self.sas.values().filter(|sa| sa.peer == Some(peer));
+            if same.any(|sa| !sa.is_retiring() && sa.is_bringing_up_children()) {
+                for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
+                    sa.stay(now);
+                }
+            }
         }
     }
 

@@ -54,6 +54,10 @@ pub enum Refusal {
     TooManyHalfOpen,
     /// It lacks the cookie that is demanded under load.
     CookieDemanded,
+    /// It comes from where no peer is configured.
+    UnknownPeer,
+    /// It offers nothing that is acceptable.
+    NoProposal,
 }
 
 struct Peer {
@@ -214,7 +218,7 @@ impl Shared {
         self.peers.get(&peer).map(|peer| &peer.config)
     }
 
-    pub(super) fn role(&self, peer: PeerId) -> Option<Role> {
+    pub(in crate::ike) fn role(&self, peer: PeerId) -> Option<Role> {
         self.peer(peer).map(|peer| peer.role)
     }
 
@@ -261,6 +265,13 @@ impl Shared {
         }
     }
 
+    /// Whether a peer is wanted up.
+    pub(in crate::ike) fn wants(&self, peer: PeerId) -> bool {
+        self.peers
+            .get(&peer)
+            .is_some_and(|peer| peer.wanted.is_some())
+    }
+
     pub(super) fn want_nothing(&mut self) {
         for peer in self.peers.values_mut() {
             peer.wanted = None;
@@ -276,9 +287,14 @@ impl Shared {
         }
     }
 
-    /// The pause before the next attempt: it doubles with each failure.
+    /// The pause before the next attempt with a peer.
     pub(super) fn back_off(&mut self, peer: PeerId) -> Duration {
         let failures = self.peers.get(&peer).map_or(0, |peer| peer.failures);
+        self.pause(failures)
+    }
+
+    /// A pause that doubles with each failure.
+    pub(in crate::ike) fn pause(&mut self, failures: u32) -> Duration {
         let pause = (FIRST_BACK_OFF * 2_u32.saturating_pow(failures.min(8))).min(LONGEST_BACK_OFF);
         pause + self.jitter(pause)
     }

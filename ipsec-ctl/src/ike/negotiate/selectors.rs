@@ -78,6 +78,26 @@ pub fn narrowed(ours: &[TrafficSelector], theirs: &[TrafficSelector]) -> Vec<Tra
     common
 }
 
+/// The pairs of selectors, by their places in `asked`, that an answer has nothing of.
+pub fn pairs_left(
+    asked: (&[TrafficSelector], &[TrafficSelector]),
+    agreed: (&[TrafficSelector], &[TrafficSelector]),
+) -> Vec<(usize, usize)> {
+    let meets = |selector: &TrafficSelector, side: &[TrafficSelector]| {
+        side.iter()
+            .any(|other| intersection(selector, other).is_some())
+    };
+    let mut left = Vec::new();
+    for (l, local) in asked.0.iter().enumerate() {
+        for (r, remote) in asked.1.iter().enumerate() {
+            if !(meets(local, agreed.0) && meets(remote, agreed.1)) {
+                left.push((l, r));
+            }
+        }
+    }
+    left
+}
+
 /// A child that fits an offer, and what is left of the selectors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Narrowed<'a> {

@@ -34,7 +34,7 @@ impl IkeSa {
         }
         if request.deletes.contains(&Delete::IkeSa) {
             self.respond(shared, now, kind, bytes, &[]);
-            return self.deleted_by_peer(shared);
+            return self.deleted_by_peer(shared, now);
         }
         let named: Vec<Spi> = request
             .deletes
@@ -55,20 +55,26 @@ impl IkeSa {
             std::slice::from_ref(&delete_ours)
         };
         self.respond(shared, now, kind, bytes, payloads);
+        if !ours.is_empty() {
+            self.child_lost(shared, now);
+        }
     }
 
-    fn deleted_by_peer(&mut self, shared: &mut Shared) {
+    fn deleted_by_peer(&mut self, shared: &mut Shared, now: Time) {
         let why = if self.state == State::Up {
             Closed::Lost
         } else {
             Closed::Wanted
         };
-        self.close(shared, DownReason::PeerDeleted, why);
+        self.close_with_response(shared, now, DownReason::PeerDeleted, why);
     }
 
     /// The peer has confirmed our Delete.
     pub(super) fn deleted(&mut self, shared: &mut Shared) {
         self.state = State::Closed;
+        if let Some(outstanding) = self.outstanding.take() {
+            shared.release_pending(outstanding.exchange.spi());
+        }
         shared.follow_ups.push_back(FollowUp::Closed {
             peer: self.peer,
             why: Closed::Wanted,
@@ -89,7 +95,7 @@ impl IkeSa {
     }
 
     /// An authentic message made no sense: the two sides disagree about the protocol or about the state.
-    pub(super) fn break_off(&mut self, shared: &mut Shared) {
+    pub(super) fn break_off(&mut self, shared: &mut Shared, now: Time) {
         self.fail(
             shared,
             Stage::Auth,
@@ -101,7 +107,7 @@ impl IkeSa {
         } else {
             Closed::Failed
         };
-        self.close(shared, DownReason::Protocol, why);
+        self.close_with_response(shared, now, DownReason::Protocol, why);
     }
 
     /// A child that traffic asks for.
@@ -111,7 +117,8 @@ impl IkeSa {
         now: Time,
         child: crate::ike::config::ChildName,
     ) {
-        if self.state == State::Up && !self.is_busy_with(child) {
+        let refused = self.child_failures > 0 && self.children_at.is_some_and(|at| at > now);
+        if self.state == State::Up && !refused && !self.is_busy_with(child) {
             self.push_task(shared, now, Task::Child(child));
         }
     }

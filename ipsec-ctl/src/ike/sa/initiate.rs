@@ -15,7 +15,7 @@ use crate::ike::{
     endpoint::{Shared, nat_hash},
     event::{DownReason, FailureReason, IkeSaId, Stage},
     exchange::{AuthResponse, InitResponse, Notifies},
-    job::{Job, JobResult},
+    job::{Job, JobId, JobResult},
     message::{
         ExchangeType, IkeSpi, Message, MessageId, Payload,
         payload::{
@@ -74,8 +74,11 @@ impl IkeSa {
             answered: None,
             tasks: VecDeque::new(),
             job: None,
-            child_job: None,
+            asking: None,
+            answering: None,
             children: Vec::new(),
+            children_at: None,
+            child_failures: 0,
             heard: now,
             sent: now,
             replace_at: None,
@@ -116,21 +119,21 @@ impl IkeSa {
         let private = PrivateKey::generate(group, &mut *shared.random);
         self.private = Some(private.clone());
         self.state = State::Public;
-        self.queue_job(shared, private, None, true);
+        self.job = Some(self.queue_job(shared, private, None, true));
     }
 
     pub(super) fn queue_job(
-        &mut self,
+        &self,
         shared: &mut Shared,
         private: PrivateKey,
         peer: Option<Vec<u8>>,
         public: bool,
-    ) {
+    ) -> JobId {
         let id = shared.next_job();
-        self.job = Some(id);
         shared
             .jobs
             .push_back(Job::new(id, self.id, private, peer, public));
+        id
     }
 
     pub(super) fn public_computed(&mut self, shared: &mut Shared, now: Time, result: JobResult) {
@@ -225,12 +228,12 @@ impl IkeSa {
                             && self.private.as_ref().map(PrivateKey::group) == Some(suite.group)
                     });
                 let Some(suite) = chosen else { return };
-                let Some(private) = self.private.take() else {
-                    return;
-                };
                 if message.header.spi_r == IkeSpi(0) {
                     return;
                 }
+                let Some(private) = self.private.take() else {
+                    return;
+                };
                 self.suite = Some(suite);
                 self.spi_r = message.header.spi_r;
                 self.nonce_r = nonce.bytes().to_vec();
@@ -241,7 +244,7 @@ impl IkeSa {
                 }
                 self.state = State::Agree;
                 let public = ke.public.to_vec();
-                self.queue_job(shared, private, Some(public), false);
+                self.job = Some(self.queue_job(shared, private, Some(public), false));
             }
             Err(_) => {}
         }
@@ -454,8 +457,13 @@ impl IkeSa {
             self.fail(shared, Stage::Auth, FailureReason::WeRefusedAuth, detail);
             // RFC 7296 section 2.21.2: the responder believes in this IKE SA and must be told.
             self.state = State::Deleting;
+            self.begun = now;
             self.tasks.clear();
             self.tasks.push_back(Task::DeleteIke { refused: true });
+            shared.follow_ups.push_back(FollowUp::Closed {
+                peer: self.peer,
+                why: Closed::Failed,
+            });
             return;
         }
         self.remote_id = Some(identity);

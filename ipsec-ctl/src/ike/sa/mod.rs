@@ -36,6 +36,9 @@ pub(super) use respond::Accept;
 /// Time within which two IKE SAs that both sides have started count as started at once.
 const SIMULTANEOUS: Duration = Duration::from_secs(30);
 
+/// Time between two looks at whether an IKE SA that was replaced is still needed.
+const STAY: Duration = Duration::from_millis(500);
+
 /// What an IKE SA waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum State {
@@ -55,6 +58,8 @@ pub(super) enum State {
     Up,
     /// The response to our Delete.
     Deleting,
+    /// Nothing but repetitions of the request that ended it, whose response may have been lost.
+    Lingering,
     /// Nothing ever again.
     Closed,
 }
@@ -108,6 +113,20 @@ pub(super) enum Exchange {
     DeleteChildren,
     DeleteIke,
     Liveness,
+}
+
+impl Exchange {
+    /// The inbound SPI of the child that it is about.
+    fn spi(&self) -> Option<u32> {
+        match self {
+            Self::Auth(Some(pending)) | Self::Child(pending) => Some(pending.spi_in),
+            Self::Init
+            | Self::Auth(None)
+            | Self::DeleteChildren
+            | Self::DeleteIke
+            | Self::Liveness => None,
+        }
+    }
 }
 
 /// The last request of the peer and our response to it.
@@ -177,8 +196,14 @@ pub(super) struct IkeSa {
     answered: Option<Answered>,
     tasks: VecDeque<Task>,
     job: Option<JobId>,
-    child_job: Option<child::ChildJob>,
+    /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.
+    asking: Option<child::Waiting>,
+    answering: Option<child::Waiting>,
     children: Vec<ChildSa>,
+    /// When children that are missing are asked for again, and not before.
+    children_at: Option<Time>,
+    /// Children refused since one came up last.
+    child_failures: u32,
     heard: Time,
     sent: Time,
     replace_at: Option<Time>,
@@ -190,7 +215,38 @@ pub(super) struct IkeSa {
 impl IkeSa {
     /// Whether it counts against the limits of half-open IKE SAs.
     pub(super) fn is_half_open(&self) -> bool {
-        !self.initiator && matches!(self.state, State::Respond | State::AwaitAuth)
+        !self.initiator
+            && match self.state {
+                State::Respond | State::AwaitAuth => true,
+                // One that was refused costs as much as one that waits.
+                State::Lingering => self.peer.is_none(),
+                _ => false,
+            }
+    }
+
+    /// Whether it is at its end, so that another may be begun.
+    pub(super) fn is_ending(&self) -> bool {
+        matches!(
+            self.state,
+            State::Deleting | State::Lingering | State::Closed
+        )
+    }
+
+    /// Whether it still asks for children, so that those of the one that it replaces are needed.
+    pub(super) fn is_bringing_up_children(&self) -> bool {
+        self.state == State::Up
+            && (self.asking.is_some()
+                || self
+                    .tasks
+                    .iter()
+                    .any(|task| matches!(task, Task::Child(_) | Task::Pair(..)))
+                || matches!(
+                    &self.outstanding,
+                    Some(Outstanding {
+                        exchange: Exchange::Child(_),
+                        ..
+                    })
+                ))
     }
 
     /// Our own SPI.
@@ -214,9 +270,10 @@ impl IkeSa {
             )
             || matches!(&self.outstanding, Some(Outstanding { exchange: Exchange::Child(pending) | Exchange::Auth(Some(pending)), .. }) if pending.child == child)
             || self
-                .child_job
-                .as_ref()
-                .is_some_and(|job| job.child() == child)
+                .asking
+                .iter()
+                .chain(&self.answering)
+                .any(|waiting| waiting.what.child() == child)
     }
 
     pub(super) fn has_sa(&self, sa: ChildSaId) -> bool {
@@ -249,33 +306,36 @@ impl IkeSa {
     /// Takes the result of a job.
     pub(super) fn handle_job(&mut self, shared: &mut Shared, now: Time, result: JobResult) {
         if self.job != Some(result.id) {
-            return;
+            return self.child_computed(shared, now, result);
         }
         self.job = None;
         match self.state {
             State::Public => self.public_computed(shared, now, result),
             State::Agree => self.agreed_as_initiator(shared, now, result),
             State::Respond => self.agreed_as_responder(shared, now, result),
-            State::Up => self.child_computed(shared, now, result),
             State::InitSent
             | State::AuthSent
             | State::AwaitAuth
+            | State::Up
             | State::Deleting
+            | State::Lingering
             | State::Closed => {}
         }
     }
 
     /// Ends it without a word to the peer.
     pub(super) fn close(&mut self, shared: &mut Shared, reason: DownReason, why: Closed) {
-        if self.state == State::Closed {
+        if matches!(self.state, State::Closed | State::Lingering) {
             return;
         }
         let was_up = self.established.is_some();
         self.drop_children(shared, reason);
+        self.abandon_children(shared);
         self.state = State::Closed;
-        self.outstanding = None;
+        if let Some(outstanding) = self.outstanding.take() {
+            shared.release_pending(outstanding.exchange.spi());
+        }
         self.tasks.clear();
-        shared.release_pending(self.child_job.take().map(|job| job.spi()));
         if let (Some(peer), true) = (self.peer, was_up) {
             shared.events.push_back(Event::IkeDown {
                 peer,
@@ -294,6 +354,7 @@ impl IkeSa {
         match self.state {
             State::Up => {
                 self.drop_children(shared, reason);
+                self.abandon_children(shared);
                 if let Some(peer) = self.peer {
                     shared.events.push_back(Event::IkeDown {
                         peer,
@@ -308,13 +369,43 @@ impl IkeSa {
                 self.tasks.push_back(Task::DeleteIke { refused: false });
                 self.next_task(shared, now);
             }
-            State::Deleting | State::Closed => {}
-            State::Public
-            | State::InitSent
-            | State::Agree
-            | State::Respond
-            | State::AuthSent
-            | State::AwaitAuth => self.close(shared, reason, Closed::Wanted),
+            State::Deleting | State::Lingering | State::Closed => {}
+            // The peer may have it up already: it is deleted as soon as the response shows how far the peer is.
+            State::AuthSent => {
+                self.begun = now;
+                self.state = State::Deleting;
+                self.tasks.clear();
+                self.tasks.push_back(Task::DeleteIke { refused: false });
+            }
+            State::Public | State::InitSent | State::Agree | State::Respond | State::AwaitAuth => {
+                self.close(shared, reason, Closed::Wanted)
+            }
+        }
+    }
+
+    /// Ends it after a response that the peer may not get: while the peer repeats its request, it is answered.
+    pub(super) fn close_with_response(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        reason: DownReason,
+        why: Closed,
+    ) {
+        self.close(shared, reason, why);
+        if self.answered.is_some() && self.state == State::Closed {
+            self.state = State::Lingering;
+            self.established = None;
+            self.begun = now;
+        }
+    }
+
+    /// Gives up the children whose key exchange is not done.
+    fn abandon_children(&mut self, shared: &mut Shared) {
+        for waiting in [self.asking.take(), self.answering.take()]
+            .into_iter()
+            .flatten()
+        {
+            shared.release_pending(Some(waiting.what.spi()));
         }
     }
 
@@ -328,6 +419,23 @@ impl IkeSa {
     pub(super) fn retire(&mut self, at: Time) {
         self.replacing = true;
         self.retire_at = Some(self.retire_at.map_or(at, |planned| planned.min(at)));
+    }
+
+    /// Whether another has taken its place.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retire_at.is_some()
+    }
+
+    /// Whether its time to go has come.
+    pub(super) fn retires(&self, now: Time) -> bool {
+        self.state == State::Up && self.retire_at.is_some_and(|at| at <= now)
+    }
+
+    /// Lets it stay a little longer.
+    pub(super) fn stay(&mut self, now: Time) {
+        if self.retires(now) {
+            self.retire_at = Some(now + STAY);
+        }
     }
 
     /// Whether it came up so recently that the peer may have started it without knowing of another.

@@ -143,7 +143,7 @@ impl IkeSa {
     /// Begins the next exchange that waits, if the window is open.
     pub(super) fn next_task(&mut self, shared: &mut Shared, now: Time) {
         while self.outstanding.is_none()
-            && self.child_job.is_none()
+            && self.asking.is_none()
             && matches!(self.state, State::Up | State::Deleting)
         {
             match self.tasks.pop_front() {
@@ -191,12 +191,12 @@ impl IkeSa {
             return;
         }
         let Some(Payload::Encrypted(encrypted)) = message.payloads.last() else {
-            return shared.refuse(Refusal::NotEncrypted);
+            return self.unprotected(shared, message);
         };
         let (Some((_, theirs)), Some(suite)) = (self.directions(), self.suite.as_ref()) else {
             return shared.refuse(Refusal::TooEarly);
         };
-        if !self.is_in_window(header) {
+        if !self.is_in_window(header) || self.state == State::Lingering {
             return self.out_of_window(shared, now, header, bytes);
         }
         let chain = match sk::open(bytes, encrypted, suite, theirs) {
@@ -214,6 +214,23 @@ impl IkeSa {
         self.next_task(shared, now);
     }
 
+    /// A message without protection proves nothing.
+    // RFC 7296 section 2.4: it is a hint at most. Who deletes an IKE SA that the peer does not know need not go on.
+    fn unprotected(&mut self, shared: &mut Shared, message: &Message<'_>) {
+        let forgotten = message.payloads.iter().any(|payload| {
+            matches!(payload, Payload::Notify(notify) if notify.kind == NotifyType::INVALID_IKE_SPI)
+        });
+        let asked = self.outstanding.as_ref().is_some_and(|outstanding| {
+            matches!(outstanding.exchange, Exchange::DeleteIke)
+                && MessageId(outstanding.message_id) == message.header.message_id
+        });
+        if forgotten && asked && message.header.flags.response {
+            self.deleted(shared);
+        } else {
+            shared.refuse(Refusal::NotEncrypted);
+        }
+    }
+
     fn is_in_window(&self, header: &Header) -> bool {
         let MessageId(id) = header.message_id;
         if header.flags.response {
@@ -221,7 +238,7 @@ impl IkeSa {
                 .as_ref()
                 .is_some_and(|outstanding| outstanding.message_id == id)
         } else {
-            self.expected_request == id && !self.is_answering()
+            self.expected_request == id && self.answering.is_none()
         }
     }
 
@@ -284,7 +301,7 @@ impl IkeSa {
             Err(_) => {
                 // RFC 7296 section 2.21.3: an authentic message that makes no sense ends the IKE SA.
                 self.respond_notify(shared, now, kind, bytes, NotifyType::INVALID_SYNTAX, &[]);
-                return self.break_off(shared);
+                return self.break_off(shared, now);
             }
         };
         let sorted = match (kind, self.state) {
@@ -315,7 +332,7 @@ impl IkeSa {
             }
             Err(SortError::Twice(_) | SortError::Missing(_)) => {
                 self.respond_notify(shared, now, kind, bytes, NotifyType::INVALID_SYNTAX, &[]);
-                self.break_off(shared);
+                self.break_off(shared, now);
             }
         }
     }
@@ -332,12 +349,23 @@ impl IkeSa {
             return;
         };
         let Ok(payloads) = parse_payloads(first, chain) else {
-            return self.break_off(shared);
+            shared.release_pending(outstanding.exchange.spi());
+            return self.break_off(shared, now);
         };
+        let spi = outstanding.exchange.spi();
         let sorted = match outstanding.exchange {
+            Exchange::Auth(pending) if self.state != State::AuthSent => {
+                shared.release_pending(pending.map(|pending| pending.spi_in));
+                Ok(())
+            }
             Exchange::Auth(pending) if header.exchange == ExchangeType::IKE_AUTH => {
                 AuthResponse::sort(payloads)
                     .map(|response| self.auth_response(shared, now, pending, &response))
+            }
+            // The IKE SA is being deleted, and its children with it.
+            Exchange::Child(pending) if self.state != State::Up => {
+                shared.release_pending(Some(pending.spi_in));
+                Ok(())
             }
             Exchange::Child(pending) if header.exchange == ExchangeType::CREATE_CHILD_SA => {
                 ChildResponse::sort(payloads)
@@ -348,18 +376,14 @@ impl IkeSa {
                 Ok(())
             }
             Exchange::DeleteChildren | Exchange::Liveness => Ok(()),
-            Exchange::Init | Exchange::Auth(_) | Exchange::Child(_) => {
-                return self.break_off(shared);
+            exchange @ (Exchange::Init | Exchange::Auth(_) | Exchange::Child(_)) => {
+                shared.release_pending(exchange.spi());
+                return self.break_off(shared, now);
             }
         };
         if sorted.is_err() {
-            self.break_off(shared);
+            shared.release_pending(spi);
+            self.break_off(shared, now);
         }
-    }
-
-    fn is_answering(&self) -> bool {
-        self.child_job
-            .as_ref()
-            .is_some_and(super::child::ChildJob::is_answer)
     }
 }

@@ -1,6 +1,6 @@
 //! The responder's side of IKE_SA_INIT, once it was accepted, and of IKE_AUTH (RFC 7296 sections 1.2 and 2.15).
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use super::{
     Closed, IkeSa, State,
@@ -28,6 +28,9 @@ use crate::ike::{
     negotiate::proposals,
     time::Time,
 };
+
+/// Time that an initiator has to ask for all children.
+const INITIATOR_FIRST: Duration = Duration::from_secs(10);
 
 /// What it takes to accept an IKE_SA_INIT.
 pub(in crate::ike) struct Accept<'a> {
@@ -64,7 +67,7 @@ impl IkeSa {
         }
         let private = PrivateKey::generate(accept.suite.group, &mut *shared.random);
         let public = accept.request.ke.public.to_vec();
-        sa.queue_job(shared, private, Some(public), true);
+        sa.job = Some(sa.queue_job(shared, private, Some(public), true));
         sa
     }
 
@@ -136,7 +139,7 @@ impl IkeSa {
                     NotifyType::AUTHENTICATION_FAILED,
                     &[],
                 );
-                return self.close(shared, DownReason::Protocol, Closed::Failed);
+                return self.close_with_response(shared, now, DownReason::Protocol, Closed::Failed);
             }
         };
         self.peer = Some(peer.id);
@@ -149,6 +152,8 @@ impl IkeSa {
         let initial_contact = request.notifies.has(NotifyType::INITIAL_CONTACT);
         self.come_up(shared, now, initial_contact);
         self.answer_auth(shared, now, bytes, &peer, &ours, request);
+        // Those that the initiator does not bring in time are ours to ask for, if we are to keep the tunnel up.
+        self.children_at = Some(now + INITIATOR_FIRST);
     }
 
     /// Finds the configured peer whose identity and PSK fit, among those that may be at this address.

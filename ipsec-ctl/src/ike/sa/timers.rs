@@ -44,6 +44,7 @@ impl IkeSa {
             replace.filter(|_| self.state == State::Up),
             self.expire_at.filter(|_| self.state == State::Up),
             self.retire_at.filter(|_| self.state == State::Up),
+            self.children_at.filter(|_| self.state == State::Up),
             self.keep_alive_at(shared),
         ]
         .into_iter()
@@ -76,6 +77,10 @@ impl IkeSa {
             self.end_children(shared, DownReason::Expired, |child| child.expire_at <= now);
         if !expired.is_empty() {
             self.push_task(shared, now, Task::DeleteChildren(expired));
+            self.child_lost(shared, now);
+        }
+        if self.children_at.is_some_and(|at| at <= now) {
+            self.ask_for_missing(shared, now);
         }
         let old = self.replace_at.is_some_and(|at| at <= now)
             || self.children.iter().any(|child| child.replace_at <= now);
@@ -102,6 +107,10 @@ impl IkeSa {
     fn give_up_negotiation(&mut self, shared: &mut Shared) {
         match self.state {
             State::Deleting => return self.deleted(shared),
+            State::Lingering => {
+                self.state = State::Closed;
+                return;
+            }
             State::InitSent => {
                 let detail = "no response to IKE_SA_INIT; is UDP 500 open on the way?".to_owned();
                 self.fail(shared, Stage::Init, FailureReason::Timeout, detail);

@@ -4,6 +4,8 @@
 //! are run.
 
 mod exchanges;
+mod hostile;
 mod lossy;
 mod network;
 mod pair;
+mod upkeep;

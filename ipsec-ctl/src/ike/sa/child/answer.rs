@@ -2,16 +2,16 @@
 
 use ipsec_common::TrafficSelector;
 
-use super::{Agreed, ChildAnswer, ChildJob};
+use super::{Agreed, ChildAnswer, ChildJob, ChildSa, Waiting};
 use crate::ike::{
     config::ChildConfig,
     crypto::{ke::PrivateKey, keys::Nonces},
     endpoint::Shared,
     event::{FailureReason, Stage},
-    exchange::{ChildOffer, ChildRequest},
+    exchange::{ChildOffer, ChildRequest, Notifies},
     message::{
         ExchangeType, Payload,
-        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
+        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, TrafficSelectors},
     },
     negotiate::{
         proposals::{self, ChildChoice},
@@ -20,6 +20,9 @@ use crate::ike::{
     sa::{IkeSa, initiate::NONCE_BYTES},
     time::Time,
 };
+
+/// Children in one IKE SA.
+const MOST_CHILDREN: usize = 256;
 
 /// An offer of the peer that we can accept.
 struct Judged {
@@ -136,6 +139,11 @@ impl IkeSa {
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
             ChildRequest::Child { notifies, .. } if notifies.has(NotifyType::REKEY_SA) => {
+                let answer = self.refuse_rekeying(notifies);
+                return self.respond(shared, now, kind, bytes, &[Payload::Notify(answer)]);
+            }
+            // An honest peer has one child for each pair of selectors at the most.
+            ChildRequest::Child { .. } if self.children.len() >= MOST_CHILDREN => {
                 let notify = NotifyType::NO_ADDITIONAL_SAS;
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
@@ -166,15 +174,33 @@ impl IkeSa {
             return self.respond_notify(shared, now, kind, bytes, notify, &data);
         };
         let agreed = judged.agreed(shared, nonce_r);
-        self.child_job = Some(ChildJob::Answer {
+        let what = ChildJob::Answer {
             request: bytes.to_vec(),
             agreed,
             child: judged.child.id,
             number: judged.choice.number,
             nonce_i: nonce.bytes().to_vec(),
-        });
+        };
         let private = PrivateKey::generate(group, &mut *shared.random);
-        self.queue_job(shared, private, Some(ke.public.to_vec()), true);
+        let job = self.queue_job(shared, private, Some(ke.public.to_vec()), true);
+        self.answering = Some(Waiting { job, what });
+    }
+
+    /// The SA lives on until it is replaced; one that is not there is named.
+    // RFC 7296 section 2.25.1: a peer that rekeys a child that we have deleted is told so.
+    fn refuse_rekeying<'a>(&self, notifies: &Notifies<'a>) -> Notify<'a> {
+        let unknown = notifies.find(NotifyType::REKEY_SA).filter(|notify| {
+            let known = |child: &ChildSa| child.spi_out.to_be_bytes() == notify.spi;
+            !self.children.iter().any(known)
+        });
+        match unknown {
+            Some(unknown) => Notify {
+                kind: NotifyType::CHILD_SA_NOT_FOUND,
+                data: &[],
+                ..*unknown
+            },
+            None => Notify::new(NotifyType::NO_ADDITIONAL_SAS, &[]),
+        }
     }
 
     pub(super) fn answer_child(

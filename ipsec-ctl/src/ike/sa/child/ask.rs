@@ -1,8 +1,8 @@
 //! Children that we ask for, and what we make of the answer (RFC 7296 sections 1.3.1 and 2.9).
 
-use super::{Agreed, ChildJob, PendingChild};
+use super::{Agreed, ChildJob, PendingChild, Waiting};
 use crate::ike::{
-    config::ChildName,
+    config::{ChildName, Role},
     crypto::{Group, ke::PrivateKey, keys::Nonces},
     endpoint::Shared,
     event::{FailureReason, Stage},
@@ -15,7 +15,7 @@ use crate::ike::{
         proposals::{self},
         selectors,
     },
-    sa::{Exchange, IkeSa, Task},
+    sa::{Exchange, IkeSa, State, Task},
     time::Time,
 };
 
@@ -67,8 +67,9 @@ impl IkeSa {
             Some(group) => {
                 let private = PrivateKey::generate(group, &mut *shared.random);
                 pending.private = Some(private.clone());
-                self.child_job = Some(ChildJob::Public(pending));
-                self.queue_job(shared, private, None, true);
+                let job = self.queue_job(shared, private, None, true);
+                let what = ChildJob::Public(pending);
+                self.asking = Some(Waiting { job, what });
             }
         }
     }
@@ -121,6 +122,7 @@ impl IkeSa {
             Ok(agreed) => {
                 let keys = self.child_keys(&agreed.suite, None, None);
                 self.install(shared, now, pending.child, &agreed, keys, true);
+                self.ask_for_pairs_left(&pending, &agreed);
             }
             Err(detail) => self.bad_answer(shared, now, &pending, detail),
         }
@@ -152,13 +154,15 @@ impl IkeSa {
                 };
                 let keys = self.child_keys(&agreed.suite, None, Some(nonces));
                 self.install(shared, now, pending.child, &agreed, keys, true);
+                self.ask_for_pairs_left(&pending, &agreed);
             }
             (Some(group), Some(private), Some(ke))
                 if group == private.group() && ke.method.0 == group.id() =>
             {
                 let public = ke.public.to_vec();
-                self.child_job = Some(ChildJob::Agree(pending, agreed));
-                self.queue_job(shared, private, Some(public), false);
+                let job = self.queue_job(shared, private, Some(public), false);
+                let what = ChildJob::Agree(pending, agreed);
+                self.asking = Some(Waiting { job, what });
             }
             _ => {
                 let detail = "its key exchange is not the one that was asked for".to_owned();
@@ -217,6 +221,67 @@ impl IkeSa {
         self.fail(shared, Stage::Child, FailureReason::BadMessage, detail);
         self.push_task(shared, now, Task::DeleteChildren(vec![pending.spi_in]));
         shared.release_pending(Some(pending.spi_in));
+        self.child_failed(shared, now);
+    }
+
+    /// Some peers take several selectors and answer with one pair of them: the others get children of their own.
+    // RFC 7296 section 2.9: what was narrowed away can be asked for in a further exchange.
+    pub(in crate::ike::sa) fn ask_for_pairs_left(
+        &mut self,
+        pending: &PendingChild,
+        agreed: &Agreed,
+    ) {
+        if pending.pair {
+            return;
+        }
+        let child = pending.child;
+        let left = selectors::pairs_left(
+            (&pending.local, &pending.remote),
+            (&agreed.local, &agreed.remote),
+        );
+        self.tasks.extend(
+            left.into_iter()
+                .map(|(local, remote)| Task::Pair(child, local, remote)),
+        );
+    }
+
+    /// A child did not come about: after a pause that grows it is tried again, and not before.
+    pub(in crate::ike::sa) fn child_failed(&mut self, shared: &mut Shared, now: Time) {
+        let pause = shared.pause(self.child_failures);
+        self.child_failures = self.child_failures.saturating_add(1);
+        self.children_at = Some(now + pause);
+    }
+
+    /// A child has ended while its IKE SA lives on; it is brought back if we are to keep the tunnel up.
+    pub(in crate::ike::sa) fn child_lost(&mut self, shared: &mut Shared, now: Time) {
+        if self.keeps_children_up(shared) && self.children_at.is_none() {
+            self.children_at = Some(now + shared.pause(self.child_failures));
+        }
+    }
+
+    fn keeps_children_up(&self, shared: &Shared) -> bool {
+        self.state == State::Up
+            && self.retire_at.is_none()
+            && self
+                .peer
+                .is_some_and(|peer| shared.role(peer) == Some(Role::Initiate) && shared.wants(peer))
+    }
+
+    /// Asks for the configured children that are not there.
+    pub(in crate::ike::sa) fn ask_for_missing(&mut self, shared: &mut Shared, now: Time) {
+        self.children_at = None;
+        if !self.keeps_children_up(shared) {
+            return;
+        }
+        let missing: Vec<ChildName> = self
+            .peer_config(shared)
+            .map(|peer| peer.children.iter().map(|child| child.id).collect())
+            .unwrap_or_default();
+        for child in missing {
+            if !self.is_busy_with(child) {
+                self.push_task(shared, now, Task::Child(child));
+            }
+        }
     }
 
     pub(in crate::ike::sa) fn child_refused(
@@ -268,5 +333,6 @@ impl IkeSa {
             selectors::describe(&pending.remote)
         );
         self.fail(shared, Stage::Child, reason, detail);
+        self.child_failed(shared, now);
     }
 }

@@ -28,7 +28,10 @@ impl IkeSa {
         now: Time,
         result: JobResult,
     ) {
-        match (self.child_job.take(), result.shared) {
+        let waiting = [&mut self.asking, &mut self.answering]
+            .into_iter()
+            .find_map(|slot| slot.take_if(|waiting| waiting.job == result.id));
+        match (waiting.map(|waiting| waiting.what), result.shared) {
             (Some(ChildJob::Public(pending)), _) => {
                 self.send_child(shared, now, pending, &result.public);
             }
@@ -39,6 +42,7 @@ impl IkeSa {
                 };
                 let keys = self.child_keys(&agreed.suite, Some(&secret), Some(nonces));
                 self.install(shared, now, pending.child, &agreed, keys, true);
+                self.ask_for_pairs_left(&pending, &agreed);
             }
             (
                 Some(ChildJob::Answer {
@@ -64,6 +68,7 @@ impl IkeSa {
                 self.tasks
                     .push_back(Task::DeleteChildren(vec![pending.spi_in]));
                 shared.release_pending(Some(pending.spi_in));
+                self.child_failed(shared, now);
             }
             (
                 Some(ChildJob::Answer {
@@ -135,6 +140,7 @@ impl IkeSa {
             outer: self.outer(shared),
         })));
         self.children.push(sa);
+        self.child_failures = 0;
     }
 
     /// Ends all children at once.
@@ -235,6 +241,7 @@ impl IkeSa {
         if hard {
             let spis = self.end_children(shared, DownReason::Expired, |child| child.id == sa);
             self.push_task(shared, now, Task::DeleteChildren(spis));
+            self.child_lost(shared, now);
         }
         if let (Some(peer), false) = (self.peer, self.replacing) {
             self.replacing = true;

@@ -13,6 +13,7 @@ use crate::ike::{
     crypto::{ChildSuite, EspProposal, ke::PrivateKey},
     endpoint::Shared,
     event::ChildSaId,
+    job::JobId,
     message::{
         Payload,
         payload::{Notify, NotifyType, TrafficSelectors},
@@ -69,6 +70,13 @@ pub(in crate::ike) enum ChildJob {
     },
 }
 
+/// A child and the job that it waits for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) struct Waiting {
+    pub(in crate::ike::sa) job: JobId,
+    pub(in crate::ike::sa) what: ChildJob,
+}
+
 /// What was agreed on, but for the keys.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::ike) struct Agreed {
@@ -94,10 +102,6 @@ impl ChildJob {
             Self::Public(pending) | Self::Agree(pending, _) => pending.spi_in,
             Self::Answer { agreed, .. } => agreed.spi_in,
         }
-    }
-
-    pub(in crate::ike::sa) fn is_answer(&self) -> bool {
-        matches!(self, Self::Answer { .. })
     }
 }
 
