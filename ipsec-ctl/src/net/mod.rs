@@ -4,6 +4,7 @@
 
 pub mod forwarding;
 pub mod netlink;
+pub mod queues;
 pub mod socket;
 pub mod sysctl;
 pub mod tun;
