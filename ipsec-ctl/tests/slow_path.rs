@@ -35,7 +35,7 @@ use nix::{
         ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendto, setsockopt, sockopt,
     },
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc::Receiver;
 
 /// Namespaces of one test, removed when dropped.
@@ -300,7 +300,9 @@ impl Gateway {
             }
             runtime.block_on(engine.stop());
         });
-        Self { jobs }
+        let gateway = Self { jobs };
+        gateway.run(|_, _, _| ()); // its sockets are open now
+        gateway
     }
 
     fn run<T: Send + 'static>(
@@ -606,4 +608,46 @@ fn ike_datagrams_cross_the_seam_in_both_directions() {
         };
         assert_eq!(arrived, Some(expected));
     }
+}
+
+/// Sends from gateway B what a router would say to gateway A about its ESP packet with this SPI and sequence number.
+fn send_too_big(net: &Net, spi: u32, sequence: u32, mtu: u16) {
+    let mut message = vec![3, 4, 0, 0, 0, 0];
+    message.extend(mtu.to_be_bytes());
+    message.extend([0x45, 0, 5, 0xdc, 0, 0, 0x40, 0, 64, 50, 0, 0]);
+    message.extend([192, 0, 2, 1, 192, 0, 2, 2]);
+    message.extend(spi.to_be_bytes());
+    message.extend(sequence.to_be_bytes());
+    let sum: u32 = message
+        .chunks(2)
+        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+        .sum();
+    let checksum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    message[2..4].copy_from_slice(&checksum.to_be_bytes());
+    net.inside("gb", move || {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).unwrap();
+        let to: SocketAddr = (outer_address(1, false), 0).into();
+        socket.send_to(&message, &to.into()).unwrap();
+    });
+}
+
+#[test]
+fn a_narrow_path_lowers_the_device_mtu_but_a_forged_message_does_not() {
+    let Some(net) = Net::new("path") else { return };
+    let (a, _b) = gateways(&net, false, false);
+    echo(&net);
+    let socket = client(&net, "10.2.0.2", false);
+    assert_eq!(exchange(&socket, 100).unwrap(), 62);
+    send_too_big(&net, 0x9999, 1, 1300);
+    thread::sleep(Duration::from_millis(1500));
+    assert!(net.exec("ga", "ip link show office").1.contains("mtu 1422"));
+    send_too_big(&net, 0x1001, 1, 1400);
+    let mtu = a.event(|event| match event {
+        Event::MtuChanged { mtu, .. } if mtu < 1422 => Some(mtu),
+        _ => None,
+    });
+    // 1400 - 20 of IPv4 - 8 of ESP - 16 of IV - 32 of ICV = 1324, of which 1312 are whole blocks, less 2 of trailer.
+    assert_eq!(mtu, Some(1310));
+    assert!(net.exec("ga", "ip link show office").1.contains("mtu 1310"));
+    assert_eq!(exchange(&socket, 1000).unwrap(), 62);
 }

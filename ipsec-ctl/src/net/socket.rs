@@ -34,6 +34,17 @@ pub struct Received {
     pub class: u8,
 }
 
+/// An ICMP message that says that a packet of ours was too long for its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooBig {
+    /// Bytes of the packet that came back.
+    pub length: usize,
+    /// Where the packet was going.
+    pub remote: IpAddr,
+    /// What the path takes, in bytes, by a message that anybody can forge.
+    pub mtu: u16,
+}
+
 /// A socket that tells the local address of each datagram.
 #[derive(Debug)]
 pub struct Listener {
@@ -53,8 +64,6 @@ impl Listener {
             socket.set_only_v6(true)?;
             (Ipv6Addr::UNSPECIFIED, port).into()
         } else {
-            // IKE messages may be fragmented on the way: that beats a black hole.
-            set_mtu_discovery(&socket, libc::IP_PMTUDISC_DONT)?;
             (Ipv4Addr::UNSPECIFIED, port).into()
         };
         socket.bind(&any.into())?;
@@ -120,6 +129,45 @@ impl Listener {
             remote,
             class,
         })
+    }
+
+    /// Takes one error about an earlier packet of ours: `WouldBlock` if there is none, `Ok(None)` for an error about
+    /// something else than its length. `buffer` receives what came back of the packet, from behind its IP and UDP
+    /// headers on.
+    ///
+    /// # Errors
+    ///
+    /// Those of recvmsg(2).
+    pub fn receive_too_big(&self, buffer: &mut [u8]) -> io::Result<Option<TooBig>> {
+        let mut control = cmsg_space!(
+            [libc::sockaddr_in6; 2], // the error and who reports it
+            libc::in6_pktinfo,
+            libc::in_pktinfo,
+            libc::c_int
+        );
+        let mut slices = [io::IoSliceMut::new(buffer)];
+        let message = recvmsg::<SockaddrStorage>(
+            self.socket.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            MsgFlags::MSG_ERRQUEUE,
+        )?;
+        let Some(remote) = message.address.as_ref().and_then(address) else {
+            return Ok(None);
+        };
+        let error = message.cmsgs()?.find_map(|control| match control {
+            ControlMessageOwned::Ipv4RecvErr(error, _)
+            | ControlMessageOwned::Ipv6RecvErr(error, _) => Some(error),
+            _ => None,
+        });
+        let mtu = error
+            .filter(|error| i32::try_from(error.ee_errno) == Ok(libc::EMSGSIZE))
+            .and_then(|error| u16::try_from(error.ee_info).ok());
+        Ok(mtu.map(|mtu| TooBig {
+            length: message.bytes,
+            remote: remote.ip(),
+            mtu,
+        }))
     }
 
     /// Sends a datagram from one of our addresses.
@@ -188,7 +236,12 @@ impl RawSender {
         } else {
             socket.set_header_included_v4(true)?;
             // Our header says whether the packet may be fragmented, and the kernel must not think otherwise.
-            set_mtu_discovery(&socket, libc::IP_PMTUDISC_PROBE)?;
+            set_option(
+                &socket,
+                libc::IPPROTO_IP,
+                libc::IP_MTU_DISCOVER,
+                libc::IP_PMTUDISC_PROBE,
+            )?;
         }
         Ok(Self { socket })
     }
@@ -210,26 +263,47 @@ fn open(v6: bool, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socke
     socket.set_mark(mark)?;
     // A smaller buffer only loses packets earlier, under a load that nobody should have.
     let _ = socket.set_recv_buffer_size(BUFFER_BYTES);
+    // IKE messages may be fragmented on the way: that beats a black hole. The kernel tells us of ICMP messages about
+    // narrow paths and does not believe them itself, for it cannot know which of them are forged.
     if v6 {
+        set_option(
+            &socket,
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_OMIT,
+        )?;
+        setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?;
         setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
         setsockopt(&socket, sockopt::Ipv6RecvTClass, &true)?;
     } else {
+        set_option(
+            &socket,
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_OMIT,
+        )?;
+        setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
         setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
         setsockopt(&socket, sockopt::IpRecvTos, &true)?;
     }
     Ok(socket)
 }
 
-/// Whether the kernel discovers the path MTU for this socket (ip(7)).
-fn set_mtu_discovery(socket: &Socket, value: libc::c_int) -> io::Result<()> {
+/// Sets an integer option for which there is no safe wrapper.
+fn set_option(
+    socket: &Socket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     let length = libc::socklen_t::try_from(size_of::<libc::c_int>())
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: the descriptor is open, and the option is an integer that outlives the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
+            level,
+            option,
             (&raw const value).cast(),
             length,
         )

@@ -128,6 +128,7 @@ impl Engine {
             OutboundPipeline::new(events.clone()),
             InboundPipeline::new(Arc::clone(&tables), events.clone()),
             Arc::new(PathMtus::default()),
+            Arc::clone(&tables),
             events.clone(),
         )
         .map_err(at("prepare the slow path"))?;

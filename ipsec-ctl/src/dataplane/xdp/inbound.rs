@@ -179,8 +179,8 @@ impl InboundPipeline {
     }
 }
 
-/// SPI and the low 32 bits of the sequence number.
-fn header(esp: &[u8]) -> Option<(Spi, u32)> {
+/// SPI and the low 32 bits of the sequence number of an ESP packet.
+pub(super) fn header(esp: &[u8]) -> Option<(Spi, u32)> {
     let (spi, rest) = esp.split_first_chunk::<4>()?;
     let sequence = rest.first_chunk::<4>()?;
     Some((Spi::from_be_bytes(*spi), u32::from_be_bytes(*sequence)))

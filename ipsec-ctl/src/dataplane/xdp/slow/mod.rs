@@ -27,14 +27,14 @@ use self::{
 };
 use super::{
     counters::Counters,
-    events::Events,
+    events::{Events, RateLimit},
     fragment::fragment_v4,
     icmp::too_big,
-    inbound::{Arrival, Inbound, InboundPipeline},
+    inbound::{self, Arrival, Inbound, InboundPipeline},
     outbound::{HEADROOM, Outbound, OutboundPipeline, Sealed, TAILROOM},
     path_mtu::PathMtus,
     sa::Origin,
-    table::Tunnel,
+    table::{Tables, Tunnel},
 };
 use crate::dataplane::seam::Event;
 
@@ -58,6 +58,8 @@ pub struct SlowPath {
     outbound: OutboundPipeline,
     inbound: InboundPipeline,
     events: Events,
+    tables: Arc<Tables>,
+    too_big_reports: RateLimit<IpAddr>,
     stop: AtomicBool,
 }
 
@@ -78,6 +80,7 @@ impl SlowPath {
         outbound: OutboundPipeline,
         inbound: InboundPipeline,
         path_mtus: Arc<PathMtus>,
+        tables: Arc<Tables>,
         events: Events,
     ) -> io::Result<Self> {
         Ok(Self {
@@ -88,6 +91,8 @@ impl SlowPath {
             outbound,
             inbound,
             events,
+            tables,
+            too_big_reports: RateLimit::new(1, 1024),
             stop: AtomicBool::new(false),
         })
     }
@@ -206,8 +211,11 @@ impl SlowPath {
     fn read_sockets(&self) {
         let mut buffer = vec![0; LONGEST_PACKET];
         while self.running() {
-            for inlet in self.sockets.wait(WAIT_MILLISECONDS) {
+            for (inlet, has_errors) in self.sockets.wait(WAIT_MILLISECONDS) {
                 let now = monotonic_seconds();
+                if has_errors {
+                    self.read_errors(inlet, &mut buffer, now);
+                }
                 for _ in 0..BATCH {
                     // Errors are those of earlier datagrams (ICMP), which reading them clears.
                     let Ok(received) = inlet.listener.receive(&mut buffer) else {
@@ -262,6 +270,37 @@ impl SlowPath {
                 None => self.counters.count(Reason::Malformed),
             },
         }
+    }
+
+    /// Learns from ICMP messages what the paths take. The queue must be emptied, or the socket would stay ready.
+    fn read_errors(&self, inlet: &Inlet, buffer: &mut [u8], now: u64) {
+        for _ in 0..BATCH {
+            let Ok(error) = inlet.listener.receive_too_big(buffer) else {
+                return;
+            };
+            if let Some(error) = error
+                && self.too_big_reports.pass(error.remote, now)
+                && let Some(packet) = buffer.get(..error.length)
+                && self.was_ours(packet, error.remote)
+            {
+                self.path_mtus.learn(error.remote, error.mtu, now);
+                self.path_mtus.doubt(error.remote);
+            }
+        }
+    }
+
+    /// Whether what came back is the beginning of an ESP packet that we sent lately.
+    // RFC 4301 section 8.2.1: an unauthenticated message must at least fit to an SA; who is not on the path does not know
+    // its SPI and where its sequence numbers are.
+    fn was_ours(&self, packet: &[u8], remote: IpAddr) -> bool {
+        const LATELY: u32 = 1 << 16;
+        let Some((spi, sequence)) = inbound::header(packet) else {
+            return false;
+        };
+        self.tables.outbound_by_spi(spi, remote).is_some_and(|sa| {
+            let [.., a, b, c, d] = sa.core.stats().sequence.to_be_bytes();
+            u32::from_be_bytes([a, b, c, d]).wrapping_sub(sequence) < LATELY
+        })
     }
 
     fn deliver_ike(&self, local: SocketAddr, remote: SocketAddr, bytes: &[u8]) {

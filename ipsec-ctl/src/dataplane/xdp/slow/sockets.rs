@@ -158,8 +158,8 @@ impl Sockets {
         }
     }
 
-    /// Waits until packets have arrived, for so long at most.
-    pub(super) fn wait(&self, milliseconds: u8) -> Vec<&Inlet> {
+    /// Waits until packets or errors have arrived, for so long at most; tells where there are errors.
+    pub(super) fn wait(&self, milliseconds: u8) -> Vec<(&Inlet, bool)> {
         let mut events = [EpollEvent::empty(); 8];
         let count = self
             .ready
@@ -168,8 +168,10 @@ impl Sockets {
         events
             .iter()
             .take(count)
-            .filter_map(|event| usize::try_from(event.data()).ok())
-            .filter_map(|number| self.inlets.get(number))
+            .filter_map(|event| {
+                let inlet = self.inlets.get(usize::try_from(event.data()).ok()?)?;
+                Some((inlet, event.events().contains(EpollFlags::EPOLLERR)))
+            })
             .collect()
     }
 }
