@@ -2,6 +2,7 @@
 
 mod ci;
 mod command;
+mod demo;
 mod test;
 mod tidy;
 
@@ -19,6 +20,15 @@ enum Task {
         #[arg(long)]
         full: bool,
     },
+    /// Show two gateways and a tunnel with real traffic, and check what an eavesdropper sees
+    Demo {
+        /// Leave everything running, and tell how to play with it
+        #[arg(long)]
+        keep: bool,
+        /// plain, nat, ipv6, any (selectors 0.0.0.0/0) or many (1,000 tunnels)
+        #[arg(long, default_value = "plain")]
+        scenario: String,
+    },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
     /// Run what CI runs: formatting, lints, tidy, tests, build
@@ -29,6 +39,7 @@ fn main() -> anyhow::Result<()> {
     match Task::parse() {
         Task::Build => command::build_release(),
         Task::Test { full } => test::run(full),
+        Task::Demo { keep, scenario } => demo::run(keep, &scenario),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),
     }

@@ -1,0 +1,358 @@
+//! `cargo xtask demo`: two gateways, a tunnel, real traffic, and what an eavesdropper between them saw.
+//!
+//! Narrates what it does and ends with a table of checks; the exit status tells whether all of them held.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use ipsec_ctl::api::model::{State, Status};
+use ipsec_tests::{
+    capture::Capture,
+    gateway::{ChildSettings, Gateway, Tunnel},
+    netns::Scope,
+    ping::Ping,
+    tcp,
+    topology::{Family, Options, Side, Topology},
+    udp::Flow,
+};
+
+/// Tunnels of the scenario `many`.
+const MANY: u32 = 1000;
+
+/// What the demo shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scenario {
+    Plain,
+    Nat,
+    Ipv6,
+    Any,
+    Many,
+}
+
+fn main() -> ExitCode {
+    let mut scenario = Scenario::Plain;
+    let mut keep = false;
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--keep" => keep = true,
+            "nat" => scenario = Scenario::Nat,
+            "ipv6" => scenario = Scenario::Ipv6,
+            "any" => scenario = Scenario::Any,
+            "many" => scenario = Scenario::Many,
+            "plain" => scenario = Scenario::Plain,
+            other => {
+                eprintln!("unknown scenario `{other}`: there are plain, nat, ipv6, any and many");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    let result = if scenario == Scenario::Many {
+        many()
+    } else {
+        demo(scenario, keep)
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the demo broke off: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints a sentence of the story.
+#[expect(clippy::print_stdout, reason = "the demo talks to a person")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+/// The checks and their results.
+#[derive(Default)]
+struct Table(Vec<(String, bool, String)>);
+
+impl Table {
+    fn check(&mut self, what: &str, result: anyhow::Result<String>) {
+        let (good, words) = match result {
+            Ok(words) => (true, words),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        self.0.push((what.to_owned(), good, words));
+    }
+
+    fn print(&self) -> bool {
+        let width = self.0.iter().map(|row| row.0.len()).max().unwrap_or(0);
+        say("");
+        for (what, good, words) in &self.0 {
+            say(&format!(
+                "  {}  {what:width$}  {words}",
+                if *good { "ok  " } else { "FAIL" }
+            ));
+        }
+        self.0.iter().all(|row| row.1)
+    }
+}
+
+fn demo(scenario: Scenario, keep: bool) -> anyhow::Result<bool> {
+    let family = if scenario == Scenario::Ipv6 {
+        Family::V6
+    } else {
+        Family::V4
+    };
+    let scope = Scope::tagged("demo");
+    scope.sweep();
+    say(
+        "Two sites: a host behind a gateway each, and a router between the gateways that sees everything.",
+    );
+    let mut topology = Topology::build_as(
+        scope,
+        Options {
+            nat: scenario == Scenario::Nat,
+            ..Options::default()
+        },
+    )?;
+    if scenario == Scenario::Nat {
+        say("The router hides gateway A behind its own address (NAT).");
+    }
+    let mut table = Table::default();
+    let kept = {
+        let capture = Capture::start(&topology.router)?;
+        say("Both gateways run `ipsec-ctl run`; A starts the tunnel.");
+        let (config_a, config_b) = tunnels(scenario, family);
+        let gateway_b = Gateway::start(&topology.gateway_b, &[config_b])?;
+        let mut gateway_a = Gateway::start(&topology.gateway_a, &[config_a])?;
+        let start = Instant::now();
+        gateway_a
+            .wait_up("site", Duration::from_secs(20))
+            .with_context(|| format!("log of gateway A:\n{}", gateway_a.log(30)))?;
+        table.check(
+            "tunnel",
+            Ok(format!("up after {:.2} s", start.elapsed().as_secs_f64())),
+        );
+        traffic(&mut table, &topology, family);
+        for (name, gateway) in [("A", &gateway_a), ("B", &gateway_b)] {
+            say(&format!("\n`ipsec-ctl status` of gateway {name}:\n"));
+            say(&gateway.shown_status()?);
+        }
+        table.check("fast path", fast_share(&gateway_a.status()?));
+        say("Gateway A is killed (kill -9): what the tunnel protects must not leave in the clear.");
+        gateway_a.kill()?;
+        table.check("after kill -9", blocked(&topology, family));
+        say("It starts again and takes over what it left behind.");
+        gateway_a.run()?;
+        let start = Instant::now();
+        let up = gateway_a.wait_up("site", Duration::from_secs(40));
+        table.check(
+            "restart",
+            up.and_then(|_| {
+                Ping::to(Side::B.host(family))
+                    .run(&topology.host_a)?
+                    .all_answered()
+            })
+            .map(|()| format!("traffic again after {:.2} s", start.elapsed().as_secs_f64())),
+        );
+        let report = capture.stop();
+        table.check(
+            "the eavesdropper",
+            report.is_clean().map(|()| report.summary()),
+        );
+        if keep {
+            say(&play(&topology, &gateway_a));
+            gateway_a.keep();
+            gateway_b.keep();
+        }
+        keep
+    };
+    if kept {
+        topology.keep();
+    }
+    Ok(table.print())
+}
+
+/// The tunnel as each side configures it.
+fn tunnels(scenario: Scenario, family: Family) -> (Tunnel, Tunnel) {
+    let mut sides = [Side::A, Side::B].map(|side| Tunnel::between_sites(side, family));
+    if scenario == Scenario::Any {
+        for tunnel in &mut sides {
+            for child in &mut tunnel.children {
+                child.local = vec!["0.0.0.0/0".to_owned()];
+                child.remote = vec!["0.0.0.0/0".to_owned()];
+            }
+        }
+    }
+    let [a, b] = sides;
+    let b = if scenario == Scenario::Nat {
+        b.respond_to_any()
+    } else {
+        b.respond()
+    };
+    (a, b)
+}
+
+fn traffic(table: &mut Table, topology: &Topology, family: Family) {
+    let to = Side::B.host(family);
+    say("Host A pings host B, sends UDP at a steady rate, then TCP as fast as it goes.");
+    table.check(
+        "ping",
+        Ping::to(to)
+            .count(50)
+            .run(&topology.host_a)
+            .and_then(|report| report.all_answered().map(|()| report.to_string())),
+    );
+    table.check(
+        "UDP, 2000 packets/s for 5 s",
+        Flow {
+            rate: Some(2000),
+            time: Duration::from_secs(5),
+            ..Flow::to(to)
+        }
+        .run(&topology.host_a, &topology.host_b)
+        .and_then(|report| report.is_perfect().map(|()| report.to_string())),
+    );
+    for (name, from, into, to) in [
+        ("TCP, A to B", &topology.host_a, &topology.host_b, to),
+        (
+            "TCP, B to A",
+            &topology.host_b,
+            &topology.host_a,
+            Side::A.host(family),
+        ),
+    ] {
+        table.check(
+            name,
+            tcp::transfer(from, into, to, Duration::from_secs(4), 4 << 30)
+                .map(|report| report.to_string()),
+        );
+    }
+}
+
+/// Share of packets that took the fast path, and why others did not.
+#[expect(clippy::cast_precision_loss, reason = "a percentage for people")]
+fn fast_share(status: &Status) -> anyhow::Result<String> {
+    let (mut fast, mut all) = (0, 0);
+    let mut reasons = Vec::new();
+    for child in status.tunnels.iter().flat_map(|tunnel| &tunnel.children) {
+        for direction in [&child.inbound, &child.outbound].into_iter().flatten() {
+            fast += direction.fast.packets;
+            all += direction.fast.packets + direction.slow.packets;
+            reasons.push(format!("{:?}", direction.offload));
+        }
+    }
+    ensure!(all > 0, "no packet was counted");
+    reasons.dedup();
+    Ok(format!(
+        "{:.2}% of {all} packets ({})",
+        fast as f64 * 100.0 / all as f64,
+        reasons.join(", ")
+    ))
+}
+
+/// With the daemon dead nothing arrives, and the capture will tell whether anything left.
+fn blocked(topology: &Topology, family: Family) -> anyhow::Result<String> {
+    let report = Ping::to(Side::B.host(family)).run(&topology.host_a)?;
+    report.none_answered()?;
+    Ok("nothing leaves".to_owned())
+}
+
+fn play(topology: &Topology, gateway: &Gateway<'_>) -> String {
+    format!(
+        "\nEverything stays up. To play with it:\n\n  \
+         ip netns exec {} ping {}\n  \
+         ipsec-ctl status --socket {}\n\n\
+         The next `cargo xtask demo`, or `cargo xtask clean`, removes it.",
+        topology.host_a.name(),
+        Side::B.host(Family::V4),
+        gateway.socket().display(),
+    )
+}
+
+/// A thousand tunnels between the two gateways.
+fn many() -> anyhow::Result<bool> {
+    let scope = Scope::tagged("demo");
+    scope.sweep();
+    let topology = Topology::build_as(scope, Options::default())?;
+    say(&format!(
+        "{MANY} tunnels between two gateways, each with a device, an IKE SA and a child of its own."
+    ));
+    let top = "[limits]\nhalf_open = 5000\nhalf_open_per_source = 5000\n";
+    let configs =
+        |side: Side| -> Vec<Tunnel> { (0..MANY).map(|number| one_of_many(side, number)).collect() };
+    let mut table = Table::default();
+    let gateway_b = Gateway::start_with(&topology.gateway_b, top, &configs(Side::B))?;
+    let start = Instant::now();
+    let gateway_a = Gateway::start_with(&topology.gateway_a, top, &configs(Side::A))?;
+    let up = |status: &Status| {
+        status
+            .tunnels
+            .iter()
+            .filter(|tunnel| tunnel.state == State::Up)
+            .count()
+    };
+    let mut last = 0;
+    let all = loop {
+        let status = gateway_a.status()?;
+        let now = up(&status);
+        if now != last {
+            say(&format!(
+                "  {now} up after {:.1} s",
+                start.elapsed().as_secs_f64()
+            ));
+            last = now;
+        }
+        if now == usize::try_from(MANY)? {
+            break status;
+        }
+        if start.elapsed() > Duration::from_secs(180) {
+            bail!(
+                "only {now} of {MANY} tunnels came up; log of gateway A:\n{}",
+                gateway_a.log(30)
+            );
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    table.check(
+        "set-up",
+        Ok(format!(
+            "{MANY} tunnels in {seconds:.1} s, start of the daemon included: {:.0} a second",
+            f64::from(MANY) / seconds
+        )),
+    );
+    table.check(
+        "memory",
+        Ok(format!(
+            "{} MiB at A, {} MiB at B",
+            all.memory_bytes >> 20,
+            gateway_b.status()?.memory_bytes >> 20
+        )),
+    );
+    Ok(table.print())
+}
+
+/// Each tunnel has identities and addresses of its own.
+fn one_of_many(side: Side, number: u32) -> Tunnel {
+    let family = Family::V4;
+    let letter = |side: Side| format!("{}{number}.example", side.letter());
+    let address = |side: Side| {
+        let base = if side == Side::A { 172 } else { 173 };
+        format!("{base}.16.{}.{}/32", number / 250, number % 250 + 1)
+    };
+    let other = side.other();
+    let mut tunnel = Tunnel::between_sites(side, family);
+    tunnel.name = format!("t{number}");
+    tunnel.local_id = letter(side);
+    tunnel.remote_id = letter(other);
+    tunnel.children = vec![ChildSettings {
+        name: "net".to_owned(),
+        local: vec![address(side)],
+        remote: vec![address(other)],
+        lines: Vec::new(),
+    }];
+    if side == Side::B {
+        tunnel = tunnel.respond();
+    }
+    tunnel
+}
