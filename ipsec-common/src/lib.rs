@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), no_std)]
 #![warn(missing_docs)]
 
+pub mod classify;
 pub mod maps;
 pub mod reason;
 #[cfg(not(target_arch = "bpf"))]

@@ -142,6 +142,10 @@ pub struct LinkEntry {
     pub sockets_base: u32,
     /// Number of receive queues that have elements.
     pub queues: u32,
+    /// Its hardware address. Frames to others (a flooding switch, promiscuous mode) are not ours to forward.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub padding: u16,
 }
 
 /// Key of `VLANS`: a tagged packet as it arrives on an interface that carries the program.

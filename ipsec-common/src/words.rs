@@ -37,6 +37,19 @@ pub struct SaWords {
     pub replay: [AtomicU64; REPLAY_WORDS],
 }
 
+impl SaWords {
+    /// Whether the SA has carried all that its hard limits allow; a limit of 0 is not set yet.
+    ///
+    /// `load` reads a word: LLVM knows no atomic loads for the BPF target, where an aligned load is one anyway.
+    #[inline(always)]
+    pub fn is_past_hard_limit(&self, load: impl Fn(&AtomicU64) -> u64) -> bool {
+        let packets = load(&self.fast_packets).wrapping_add(load(&self.slow_packets));
+        let bytes = load(&self.fast_bytes).wrapping_add(load(&self.slow_bytes));
+        let past = |carried: u64, limit: u64| limit != 0 && carried >= limit;
+        past(packets, load(&self.hard_packets)) || past(bytes, load(&self.hard_bytes))
+    }
+}
+
 #[cfg(not(target_arch = "bpf"))]
 impl Default for SaWords {
     fn default() -> Self {

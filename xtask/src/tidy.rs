@@ -27,7 +27,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let root = workspace();
     let mut complaints = Vec::new();
     let mut files = 0;
-    for package in ["ipsec-common", "ipsec-ctl", "tests", "xtask"] {
+    for package in ["ipsec-common", "ipsec-ctl", "ipsec-ebpf", "tests", "xtask"] {
         for path in rust_files(&root.join(package))? {
             let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
             let name = path
