@@ -422,49 +422,54 @@ fn outer_address(host: u8, v6: bool) -> IpAddr {
     }
 }
 
-/// Installs the SAs of one gateway. SPIs and keys follow from the sending side's number.
-fn install(gateway: &Gateway, local: u8, remote: u8, v6: bool, encap: bool) {
-    let suite = EspSuite::AesCbc {
-        key_bytes: 32,
-        integrity: Integrity::HmacSha512,
+/// An SA of one gateway. SPI and keys follow from the sending side's number.
+fn sa_spec(direction: Direction, local: u8, remote: u8, v6: bool, encap: bool) -> SaSpec {
+    let (id, sender) = match direction {
+        Direction::Inbound => (SaId(1), remote),
+        Direction::Outbound => (SaId(2), local),
     };
-    for (direction, sender) in [(Direction::Inbound, remote), (Direction::Outbound, local)] {
-        gateway.command(Command::Install(Box::new(SaSpec {
-            id: SaId(if direction == Direction::Inbound {
-                1
-            } else {
-                2
+    SaSpec {
+        id,
+        tunnel: TunnelId(1),
+        child: ChildId(0),
+        direction,
+        spi: Spi(0x1000 + u32::from(sender)),
+        suite: EspSuite::AesCbc {
+            key_bytes: 32,
+            integrity: Integrity::HmacSha512,
+        },
+        keys: EspKeys {
+            cipher: vec![sender; 32].into(),
+            integrity: vec![sender; 64].into(),
+        },
+        esn: true,
+        replay_window: 4096,
+        outer: Outer {
+            local: outer_address(local, v6),
+            remote: outer_address(remote, v6),
+            encap: encap.then_some(UdpEncap {
+                local_port: 4500,
+                remote_port: 4500,
             }),
-            tunnel: TunnelId(1),
-            child: ChildId(0),
-            direction,
-            spi: Spi(0x1000 + u32::from(sender)),
-            suite,
-            keys: EspKeys {
-                cipher: vec![sender; 32].into(),
-                integrity: vec![sender; 64].into(),
-            },
-            esn: true,
-            replay_window: 4096,
-            outer: Outer {
-                local: outer_address(local, v6),
-                remote: outer_address(remote, v6),
-                encap: encap.then_some(UdpEncap {
-                    local_port: 4500,
-                    remote_port: 4500,
-                }),
-            },
-            selectors: SelectorPair {
-                local: networks(local),
-                remote: networks(remote),
-            },
-            lifetime: Lifetime {
-                soft_packets: u64::MAX,
-                hard_packets: u64::MAX,
-                soft_bytes: u64::MAX,
-                hard_bytes: u64::MAX,
-            },
-        })));
+        },
+        selectors: SelectorPair {
+            local: networks(local),
+            remote: networks(remote),
+        },
+        lifetime: Lifetime {
+            soft_packets: u64::MAX,
+            hard_packets: u64::MAX,
+            soft_bytes: u64::MAX,
+            hard_bytes: u64::MAX,
+        },
+    }
+}
+
+/// Installs both SAs of one gateway.
+fn install(gateway: &Gateway, local: u8, remote: u8, v6: bool, encap: bool) {
+    for direction in [Direction::Inbound, Direction::Outbound] {
+        let spec = sa_spec(direction, local, remote, v6, encap);
+        gateway.command(Command::Install(Box::new(spec)));
     }
     gateway.command(Command::SetCarrier(TunnelId(1), true));
 }
@@ -650,4 +655,45 @@ fn a_narrow_path_lowers_the_device_mtu_but_a_forged_message_does_not() {
     assert_eq!(mtu, Some(1310));
     assert!(net.exec("ga", "ip link show office").1.contains("mtu 1310"));
     assert_eq!(exchange(&socket, 1000).unwrap(), 62);
+}
+
+#[test]
+fn a_thousand_tunnels_are_set_up_in_seconds() {
+    let Some(net) = Net::new("many") else { return };
+    let a = Gateway::start(&net, "ga");
+    let start = Instant::now();
+    for number in 1..=1000_u32 {
+        let network = format!("10.{}.{}.0/24", 16 + number / 256, number % 256);
+        let mut spec = tunnel(1, 2);
+        spec.id = TunnelId(number);
+        spec.device = format!("t{number}");
+        spec.routing.remote = vec![network.parse().unwrap()];
+        a.command(Command::SetTunnel(Box::new(spec)));
+    }
+    let created = start.elapsed();
+    for number in 1..=1000_u32 {
+        for direction in [Direction::Inbound, Direction::Outbound] {
+            let mut spec = sa_spec(direction, 1, 2, false, false);
+            spec.tunnel = TunnelId(number);
+            spec.id = SaId(u64::from(2 * number) + u64::from(direction == Direction::Inbound));
+            spec.spi = Spi(0x1000 + number);
+            a.command(Command::Install(Box::new(spec)));
+        }
+    }
+    let installed = start.elapsed();
+    eprintln!("1,000 tunnels in {created:?}, with their SAs in {installed:?}");
+    assert!(installed < Duration::from_secs(60));
+    let last = Instant::now();
+    while !net
+        .exec("ga", "ip route get 10.19.232.1")
+        .1
+        .contains("dev t1000 ")
+    {
+        assert!(
+            last.elapsed() < Duration::from_secs(30),
+            "its route appears"
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(a.run(|_, engine, _| engine.sa_stats().len()), 2000);
 }

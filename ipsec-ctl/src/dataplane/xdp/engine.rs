@@ -422,42 +422,46 @@ impl Inner {
             .map(|configured| (Arc::clone(&configured.tunnel), configured.spec.routing.peer))
             .collect();
         drop(control);
-        for (tunnel, peer) in tunnels {
-            if let Some(remote) = peer.filter(|peer| unreachable.contains(peer)) {
+        for (tunnel, peer) in &tunnels {
+            let recursive = peer.filter(|peer| unreachable.contains(peer));
+            if tunnel.set_recursive(recursive.is_some())
+                && let Some(remote) = recursive
+            {
                 self.events.send(Event::RecursiveRoute {
                     tunnel: tunnel.id,
                     remote,
                 });
             }
-            self.fit_all(&tunnel, |_| true).await;
         }
+        let tunnels: Vec<_> = tunnels.into_iter().map(|(tunnel, _)| tunnel).collect();
+        self.fit_all(&tunnels, |_| true).await;
     }
 
-    /// Asks anew about the chosen peers of a tunnel, and fits its MTU.
-    async fn fit_all(&self, tunnel: &Tunnel, choose: impl Fn(IpAddr) -> bool) {
-        let outers: Vec<Outer> = tunnel
-            .settings
-            .load()
-            .children
-            .iter()
-            .filter_map(|child| child.outbound.load_full())
-            .map(|sa| sa.template.outer)
-            .filter(|outer| choose(outer.remote))
-            .collect();
-        for outer in &outers {
+    /// Asks anew about the chosen peers of tunnels, about each once, and fits the MTUs.
+    async fn fit_all(&self, tunnels: &[Arc<Tunnel>], choose: impl Fn(IpAddr) -> bool) {
+        let mut outers = HashMap::new();
+        for tunnel in tunnels {
+            for child in &tunnel.settings.load().children {
+                if let Some(sa) = child.outbound.load_full() {
+                    let outer = sa.template.outer;
+                    outers.insert((outer.local, outer.remote), outer);
+                }
+            }
+        }
+        for outer in outers.values().filter(|outer| choose(outer.remote)) {
             self.ask_path(outer).await;
         }
-        self.fit_mtu(tunnel).await;
+        for tunnel in tunnels {
+            self.fit_mtu(tunnel).await;
+        }
     }
 
     async fn tick(&self) {
         let aged = self.slow.path_mtus.age(monotonic_seconds());
         let doubted = self.slow.path_mtus.take_doubted();
         if aged || !doubted.is_empty() {
-            for tunnel in self.tables.tunnels() {
-                self.fit_all(&tunnel, |remote| doubted.contains(&remote))
-                    .await;
-            }
+            self.fit_all(&self.tables.tunnels(), |remote| doubted.contains(&remote))
+                .await;
         }
     }
 }

@@ -82,6 +82,9 @@ impl OutboundPipeline {
             return Outbound::Drop(Reason::Malformed);
         };
         let settings = tunnel.settings.load();
+        if tunnel.is_recursive() {
+            return Outbound::Drop(Reason::RecursiveRoute);
+        }
         if settings.is_own_esp(&packet.flow) {
             self.report_recursion(tunnel, &packet.flow, now);
             return Outbound::Drop(Reason::RecursiveRoute);

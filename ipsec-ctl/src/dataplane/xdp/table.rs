@@ -8,7 +8,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU16, Ordering},
+        atomic::{AtomicBool, AtomicU16, Ordering},
     },
 };
 
@@ -39,6 +39,8 @@ pub struct Tunnel {
     pub settings: ArcSwap<Settings>,
     /// MTU of the device in bytes.
     mtu: AtomicU16,
+    /// Whether only a tunnel of ours leads to its peer.
+    recursive: AtomicBool,
 }
 
 impl Tunnel {
@@ -50,6 +52,16 @@ impl Tunnel {
     /// Notes a new MTU of the device; tells whether it is another one.
     pub fn set_mtu(&self, mtu: u16) -> bool {
         self.mtu.swap(mtu, Ordering::Relaxed) != mtu
+    }
+
+    /// Whether only a tunnel of ours leads to its peer: then nothing is sent.
+    pub fn is_recursive(&self) -> bool {
+        self.recursive.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether only a tunnel of ours leads to its peer; tells whether that is new.
+    pub fn set_recursive(&self, recursive: bool) -> bool {
+        self.recursive.swap(recursive, Ordering::Relaxed) != recursive
     }
 }
 
@@ -206,6 +218,7 @@ impl Tables {
                 ifindex,
                 settings: ArcSwap::new(Arc::clone(&settings)),
                 mtu: AtomicU16::new(mtu),
+                recursive: AtomicBool::new(false),
             }),
         };
         self.change_tunnels(|tunnels| {

@@ -513,6 +513,24 @@ fn a_packet_without_an_sa_asks_for_one() {
 }
 
 #[test]
+fn our_own_esp_is_not_sealed_again() {
+    let (mut a, ..) = pair(GCM, false, false, false);
+    let own = ipv4([192, 0, 2, 1], [192, 0, 2, 2], 50, &[1; 64]);
+    for _ in 0..2 {
+        let verdict = a.seal(&mut frame(&own), Origin::Slow);
+        assert_eq!(verdict, Outbound::Drop(Reason::RecursiveRoute));
+    }
+    assert!(matches!(
+        a.events.try_recv(),
+        Ok(Event::RecursiveRoute { remote, .. }) if remote == IpAddr::from([192, 0, 2, 2])
+    ));
+    assert!(a.events.try_recv().is_err());
+    assert!(a.tunnel.set_recursive(true));
+    let verdict = a.seal(&mut frame(&ping()), Origin::Slow);
+    assert_eq!(verdict, Outbound::Drop(Reason::RecursiveRoute));
+}
+
+#[test]
 fn a_newer_sa_takes_over_and_the_older_one_steps_in_when_it_goes() {
     let (a, ..) = pair(GCM, false, false, false);
     let outer = outer(1, 2, false, false);
