@@ -10,7 +10,7 @@ use crate::{
     dataplane::seam::{self, Direction, LifetimeKind, TunnelId},
     ike::{
         config::{ChildName, PeerId},
-        event::{ChildUp, Command, DownReason, Event, Failure, IkeUp},
+        event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeUp},
         negotiate::selectors,
     },
 };
@@ -80,6 +80,7 @@ impl Gateway {
                 }
             }
             Event::ChildUp(up) => self.child_up(*up).await,
+            Event::Outbound(sa) => self.use_outbound(sa).await,
             Event::ChildDown {
                 peer,
                 child,
@@ -130,23 +131,12 @@ impl Gateway {
         }) else {
             return;
         };
-        let specs = [
+        let [ours, theirs] = [
             convert::sa_spec(id, &config, &up, inbound, Direction::Inbound),
             convert::sa_spec(id, &config, &up, outbound, Direction::Outbound),
         ];
         let (tunnel, child) = (self.name_of(up.peer), config.name.clone());
-        for spec in specs {
-            let sa = spec.id;
-            match self
-                .engine
-                .command(seam::Command::Install(Box::new(spec)))
-                .await
-            {
-                Ok(Some(ledger)) => self.tunnels.note_offload(sa, ledger.offload),
-                Ok(None) => {}
-                Err(cause) => warn!(tunnel, child, %cause, "an SA could not be installed"),
-            }
-        }
+        self.install(ours, &tunnel, &child).await;
         info!(
             tunnel,
             child,
@@ -169,9 +159,36 @@ impl Gateway {
             remote: up.remote,
             outer: up.outer,
             since: self.now(),
+            waiting: Some(Box::new(theirs)),
         };
         self.tunnels.installed(id, up.sa, pair);
         self.set_carrier(id).await;
+    }
+
+    async fn install(&mut self, spec: seam::SaSpec, tunnel: &str, child: &str) {
+        let sa = spec.id;
+        match self
+            .engine
+            .command(seam::Command::Install(Box::new(spec)))
+            .await
+        {
+            Ok(Some(ledger)) => self.tunnels.note_offload(sa, ledger.offload),
+            Ok(None) => {}
+            Err(cause) => warn!(tunnel, child, %cause, "an SA could not be installed"),
+        }
+    }
+
+    /// The peer can receive on a pair, whose outbound SA takes the traffic from here on.
+    async fn use_outbound(&mut self, sa: ChildSaId) {
+        let spec = self.tunnels.pair_mut(sa).and_then(|(id, pair)| {
+            let spec = pair.waiting.take()?;
+            Some((id, pair.child, *spec))
+        });
+        if let Some((id, child, spec)) = spec {
+            let peer = PeerId(id.0);
+            let (tunnel, child) = (self.name_of(peer), self.child_name(peer, child));
+            self.install(spec, &tunnel, &child).await;
+        }
     }
 
     async fn uninstall(&self, pair: &SaPair) {
@@ -191,31 +208,23 @@ impl Gateway {
         let _ = self.engine.command(seam::Command::SetCarrier(id, on)).await;
     }
 
-    async fn moved(
-        &mut self,
-        sa: crate::ike::event::ChildSaId,
-        outer: crate::ike::event::OuterAddresses,
-    ) {
-        let found = self.tunnels.iter().find_map(|(id, tunnel)| {
-            let pair = tunnel.pairs.get(&sa)?;
-            Some((id, tunnel.config.name.clone(), pair.inbound, pair.outbound))
-        });
-        let Some((id, tunnel, inbound, outbound)) = found else {
+    async fn moved(&mut self, sa: ChildSaId, outer: crate::ike::event::OuterAddresses) {
+        let Some((id, pair)) = self.tunnels.pair_mut(sa) else {
             return;
         };
+        pair.outer = outer;
+        let mut installed = vec![pair.inbound];
+        match &mut pair.waiting {
+            Some(spec) => spec.outer = convert::outer(&outer),
+            None => installed.push(pair.outbound),
+        }
+        let tunnel = self.name_of(PeerId(id.0));
         info!(tunnel, peer = %outer.remote, "the peer has another address");
-        for sa in [inbound, outbound] {
+        for sa in installed {
             let command = seam::Command::MoveOuter(sa, convert::outer(&outer));
             if let Err(cause) = self.engine.command(command).await {
                 warn!(tunnel, %cause, "an SA could not be moved");
             }
-        }
-        if let Some(pair) = self
-            .tunnels
-            .get_mut(id)
-            .and_then(|tunnel| tunnel.pairs.get_mut(&sa))
-        {
-            pair.outer = outer;
         }
     }
 

@@ -6,7 +6,7 @@ use ipsec_common::{Spi, TrafficSelector};
 
 use crate::{
     config::Tunnel,
-    dataplane::seam::{Offload, SaId, TunnelId},
+    dataplane::seam::{Offload, SaId, SaSpec, TunnelId},
     ike::{
         config::ChildName,
         crypto::ChildSuite,
@@ -55,6 +55,8 @@ pub(super) struct SaPair {
     pub(super) outer: OuterAddresses,
     /// When it was installed.
     pub(super) since: Time,
+    /// The outbound SA while it must not be used yet.
+    pub(super) waiting: Option<Box<SaSpec>>,
 }
 
 /// All tunnels.
@@ -125,6 +127,13 @@ impl Tunnels {
             self.owners.insert(pair.outbound, (id, sa));
             tunnel.pairs.insert(sa, pair);
         }
+    }
+
+    /// A pair, and the tunnel that it belongs to.
+    pub(super) fn pair_mut(&mut self, sa: ChildSaId) -> Option<(TunnelId, &mut SaPair)> {
+        self.by_id
+            .iter_mut()
+            .find_map(|(id, tunnel)| Some((*id, tunnel.pairs.get_mut(&sa)?)))
     }
 
     /// Takes a pair out.

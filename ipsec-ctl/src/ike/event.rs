@@ -67,8 +67,11 @@ pub enum Event {
         /// Why.
         reason: DownReason,
     },
-    /// A pair of ESP SAs is to be installed before anything more is transmitted.
+    /// The inbound SA of a pair is to be installed before anything more is transmitted.
     ChildUp(Box<ChildUp>),
+    /// The outbound SA of a pair is to be installed and used: the peer can receive on it. Always after its
+    /// [`Event::ChildUp`], mostly at once.
+    Outbound(ChildSaId),
     /// A pair of ESP SAs is to be removed.
     ChildDown {
         /// The peer.
@@ -144,6 +147,8 @@ pub struct ChildUp {
     pub child: ChildName,
     /// The pair.
     pub sa: ChildSaId,
+    /// The IKE SA that it belongs to.
+    pub ike: IkeSaId,
     /// SPI of what the peer sends.
     pub spi_in: Spi,
     /// SPI of what we send.

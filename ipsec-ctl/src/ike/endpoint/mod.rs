@@ -4,6 +4,7 @@
 //! **all events**, for an SA must be installed before the peer can use it, then transmits and jobs, then the timeout.
 
 mod cookie;
+mod handover;
 mod init;
 mod shared;
 mod unprotected;
@@ -14,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+pub(super) use handover::HANDOVER;
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
@@ -28,10 +30,14 @@ use super::{
     time::Time,
 };
 
-/// Time for which an IKE SA that was replaced still receives. The side that started the exchange deletes it; the other
+/// Time for which an IKE SA that was replaced still receives. The side that started the new one deletes it; the other
 /// waits longer and does so only if that side does not.
 fn grace(first: bool) -> Duration {
-    Duration::from_secs(if first { 2 } else { 40 })
+    if first {
+        HANDOVER
+    } else {
+        Duration::from_secs(40)
+    }
 }
 
 /// The endpoint.
@@ -127,6 +133,7 @@ impl Endpoint {
                 sa.handle_timeout(&mut self.shared, now);
             }
         }
+        self.shared.hand_over_what_is_due(now);
         for (peer, local) in self.shared.due_attempts(now) {
             self.start(now, peer, local);
         }
@@ -139,6 +146,7 @@ impl Endpoint {
             .values()
             .filter_map(|sa| sa.next_timeout(&self.shared))
             .chain(self.shared.next_attempt())
+            .chain(self.shared.next_handover())
             .min()
     }
 
@@ -404,7 +412,7 @@ impl Endpoint {
         let peers: Vec<PeerId> = self.sas.values().filter_map(due).collect();
         for peer in peers {
             let mut same = self.sas.values().filter(|sa| sa.peer == Some(peer));
-            if same.any(|sa| !sa.is_retiring() && sa.is_bringing_up_children()) {
+            if same.any(|sa| !sa.is_retiring() && sa.is_taking_over(now)) {
                 for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
                     sa.stay(now);
                 }

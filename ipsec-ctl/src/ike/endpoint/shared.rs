@@ -8,9 +8,13 @@ use std::{
 
 use ring::digest;
 
+use super::handover::Handover;
 use crate::ike::{
     config::{ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
-    event::{ChildSaId, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp, Stage, Transmit},
+    event::{
+        ChildSaId, ChildUp, DownReason, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp,
+        Stage, Transmit,
+    },
     job::{Job, JobId},
     message::IkeSpi,
     rng::Random,
@@ -80,6 +84,7 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
     peers: BTreeMap<PeerId, Peer>,
     spis: BTreeSet<u32>,
+    handover: Handover,
     refusals: BTreeMap<Refusal, u64>,
     next_job: u64,
     next_child: u64,
@@ -96,6 +101,7 @@ impl Shared {
             follow_ups: VecDeque::new(),
             peers: BTreeMap::new(),
             spis: BTreeSet::new(),
+            handover: Handover::default(),
             refusals: BTreeMap::new(),
             next_job: 1,
             next_child: 1,
@@ -168,6 +174,48 @@ impl Shared {
         self.refusals
             .iter()
             .map(|(refusal, count)| (*refusal, *count))
+    }
+
+    /// Hands a pair of SAs to the data plane.
+    pub(in crate::ike) fn install(&mut self, now: Time, up: ChildUp, ours: bool) {
+        let (sa, at_once) = (up.sa, self.handover.installed(now, &up, ours));
+        self.events.push_back(Event::ChildUp(Box::new(up)));
+        if at_once {
+            self.events.push_back(Event::Outbound(sa));
+        }
+    }
+
+    /// The peer has shown that it can receive on a pair.
+    pub(in crate::ike) fn proved(&mut self, sa: ChildSaId) {
+        let event = self.handover.proved(sa);
+        self.events.extend(event);
+    }
+
+    /// Takes a pair of SAs from the data plane, once another takes its traffic, if there is one.
+    pub(in crate::ike) fn uninstall(
+        &mut self,
+        peer: PeerId,
+        child: ChildName,
+        sa: ChildSaId,
+        reason: DownReason,
+    ) {
+        let events = self.handover.removed(sa);
+        self.events.extend(events);
+        self.events.push_back(Event::ChildDown {
+            peer,
+            child,
+            sa,
+            reason,
+        });
+    }
+
+    pub(super) fn hand_over_what_is_due(&mut self, now: Time) {
+        let events = self.handover.due(now);
+        self.events.extend(events);
+    }
+
+    pub(super) fn next_handover(&self) -> Option<Time> {
+        self.handover.next()
     }
 
     pub(in crate::ike) fn announce(&mut self, peer: PeerId, ike: IkeSaId, info: IkeInfo) {

@@ -78,6 +78,7 @@ impl IkeSa {
             answering: None,
             children: Vec::new(),
             children_at: None,
+            children_since: None,
             child_failures: 0,
             heard: now,
             sent: now,

@@ -22,7 +22,7 @@ use super::{
         ke::PrivateKey,
         keys::{IkeKeys, Nonces},
     },
-    endpoint::Shared,
+    endpoint::{HANDOVER, Shared},
     event::{ChildSaId, DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
     job::{JobId, JobResult},
     message::IkeSpi,
@@ -202,6 +202,8 @@ pub(super) struct IkeSa {
     children: Vec<ChildSa>,
     /// When children that are missing are asked for again, and not before.
     children_at: Option<Time>,
+    /// When a child came up last.
+    children_since: Option<Time>,
     /// Children refused since one came up last.
     child_failures: u32,
     heard: Time,
@@ -232,10 +234,13 @@ impl IkeSa {
         )
     }
 
-    /// Whether it still asks for children, so that those of the one that it replaces are needed.
-    pub(super) fn is_bringing_up_children(&self) -> bool {
+    /// Whether it still asks for children, or has got one just now, so that those that it replaces are needed.
+    pub(super) fn is_taking_over(&self, now: Time) -> bool {
         self.state == State::Up
-            && (self.asking.is_some()
+            && (self
+                .children_since
+                .is_some_and(|since| now - since < HANDOVER)
+                || self.asking.is_some()
                 || self
                     .tasks
                     .iter()

@@ -209,6 +209,10 @@ impl IkeSa {
             self.handle_response(shared, now, header, encrypted.first, &chain);
         } else {
             self.follow(shared, from);
+            // A further request proves that our last response has arrived, and what it agreed on is installed.
+            for child in &self.children {
+                shared.proved(child.id);
+            }
             self.handle_request(shared, now, header, bytes, encrypted.first, &chain);
         }
         self.next_task(shared, now);

@@ -3,12 +3,13 @@
 use std::{panic, time::Duration};
 
 use super::{
-    network::{Conditions, Seeded},
-    pair::{A, PEER, Pair, peer},
+    network::{Conditions, NatBox, Seeded},
+    pair::{A, B, PEER, Pair, peer},
+    upkeep::with_children,
 };
 use crate::ike::{
     config::{ChildName, Role},
-    event::Command,
+    event::{Command, FailureReason},
 };
 
 /// Seeds that are run unless the environment says otherwise.
@@ -101,5 +102,137 @@ fn whatever_the_operators_do_both_sides_agree_in_the_end() {
             pair.run(Duration::from_secs(20));
         }
         pair.assert_agreement(1);
+    });
+}
+
+fn set(pair: &mut Pair, count: u32, change: impl Fn(&mut crate::ike::config::PeerConfig)) {
+    for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
+        let mut config = with_children(remote, role, count);
+        change(&mut config);
+        let command = Command::SetPeer(Box::new(config));
+        if remote == B {
+            pair.tell_a(command);
+        } else {
+            pair.tell_b(command);
+        }
+    }
+}
+
+#[test]
+fn several_children_with_key_exchanges_come_up_on_any_network() {
+    for_every_seed(|seed| {
+        let mut pair = Pair::new(seed, conditions(seed));
+        set(&mut pair, 3, |_| {});
+        pair.up_a();
+        pair.run(Duration::from_secs(400));
+        pair.network.conditions = Conditions::PERFECT;
+        pair.run(Duration::from_secs(200));
+        pair.assert_agreement(3);
+    });
+}
+
+#[test]
+fn generations_of_ike_sas_follow_each_other_on_any_network() {
+    for_every_seed(|seed| {
+        let mut pair = Pair::new(seed, conditions(seed));
+        set(&mut pair, 2, |config| {
+            config.lifetime = Duration::from_secs(150)
+        });
+        pair.up_a();
+        pair.run(Duration::from_secs(900));
+        pair.network.conditions = Conditions::PERFECT;
+        pair.run(Duration::from_secs(100));
+        // The last generation may be in the middle of taking over.
+        for _ in 0..100 {
+            if pair.a.installed.len() == 2 && pair.b.installed.len() == 2 {
+                break;
+            }
+            pair.run(Duration::from_secs(1));
+        }
+        pair.assert_agreement(2);
+    });
+}
+
+#[test]
+fn a_wrong_psk_fails_for_the_same_reason_at_both_ends() {
+    for_every_seed(|seed| {
+        // A damaged IKE_SA_INIT would fail for another reason, and rightly.
+        let conditions = Conditions {
+            corruption: 0,
+            ..conditions(seed)
+        };
+        let mut pair = Pair::new(seed, conditions);
+        set(&mut pair, 1, |_| {});
+        let mut config = peer(A, Role::Respond);
+        config.psk = zeroize::Zeroizing::new(b"another".to_vec());
+        pair.tell_b(Command::SetPeer(Box::new(config)));
+        pair.up_a();
+        pair.run(Duration::from_secs(300));
+        assert!(pair.a.installed.is_empty() && pair.b.installed.is_empty());
+        let refused =
+            |reason| move |failure: &&crate::ike::event::Failure| failure.reason == reason;
+        let at_b = pair.b.failures.len();
+        assert!(
+            pair.b
+                .failures
+                .iter()
+                .all(|f| f.reason == FailureReason::WeRefusedAuth)
+        );
+        let at_a = pair.a.failures.iter();
+        let told = at_a
+            .clone()
+            .filter(refused(FailureReason::PeerRefusedAuth))
+            .count();
+        let silent = at_a.filter(refused(FailureReason::Timeout)).count();
+        assert_eq!(told + silent, pair.a.failures.len());
+        // What B refused A learns of, unless the network stays silent for half a minute.
+        assert!(
+            at_b >= told && at_b <= told + silent + 1,
+            "{at_b} {told} {silent}"
+        );
+        assert!(told > 0 || conditions.loss > 0);
+    });
+}
+
+#[test]
+fn a_nat_that_forgets_is_followed_on_any_network() {
+    for_every_seed(|seed| {
+        let mut random = Seeded::new(seed, 7);
+        let mut pair = Pair::new(seed, conditions(seed));
+        set(&mut pair, 1, |_| {});
+        let mut config = peer(A, Role::Respond);
+        config.children = with_children(A, Role::Respond, 1).children;
+        config.remote = None;
+        config.remote_id = Some(A.into());
+        pair.tell_b(Command::SetPeer(Box::new(config)));
+        let outside = "203.0.113.50".parse().unwrap();
+        let mut remap = |pair: &mut Pair| {
+            let shift = u16::try_from(1 + random.below(50_000)).unwrap();
+            pair.network.nat = Some(NatBox {
+                inside: A,
+                outside,
+                shift,
+            });
+            shift
+        };
+        remap(&mut pair);
+        pair.up_a();
+        pair.run(Duration::from_secs(400));
+        pair.network.conditions = Conditions::PERFECT;
+        pair.run(Duration::from_secs(200));
+        pair.assert_agreement(1);
+        let shift = remap(&mut pair);
+        for outbound in 1..10 {
+            let sa = pair.a.child(0).unwrap().sa;
+            pair.tell_a(Command::Traffic {
+                sa,
+                inbound: 0,
+                outbound,
+            });
+            pair.run(Duration::from_secs(15));
+        }
+        pair.assert_agreement(1);
+        let seen = pair.b.child(0).unwrap().outer.remote;
+        assert_eq!(seen, (outside, 4500_u16.wrapping_add(shift)).into());
     });
 }

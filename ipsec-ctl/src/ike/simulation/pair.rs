@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use ipsec_common::TrafficSelector;
+use ipsec_common::{Spi, TrafficSelector};
 use zeroize::Zeroizing;
 
 use super::network::{Conditions, Network, Seeded};
@@ -28,6 +28,8 @@ pub(super) struct Side {
     pub(super) endpoint: Endpoint,
     pub(super) address: IpAddr,
     pub(super) installed: BTreeMap<ChildSaId, ChildUp>,
+    /// SPI of the outbound SA that carries a child's traffic.
+    pub(super) used: BTreeMap<ChildName, Spi>,
     pub(super) failures: Vec<Failure>,
     pub(super) downs: Vec<DownReason>,
     pub(super) ike_ups: usize,
@@ -106,6 +108,7 @@ impl Side {
             endpoint: Endpoint::new(config, Box::new(random)),
             address,
             installed: BTreeMap::new(),
+            used: BTreeMap::new(),
             failures: Vec::new(),
             downs: Vec::new(),
             ike_ups: 0,
@@ -126,6 +129,10 @@ impl Side {
                         "an inbound SPI was given out twice"
                     );
                     assert!(self.installed.insert(up.sa, *up).is_none());
+                }
+                Event::Outbound(sa) => {
+                    let up = self.installed.get(&sa).expect("an installed SA");
+                    self.used.insert(up.child, up.spi_out);
                 }
                 Event::ChildDown { sa, .. } => {
                     assert!(self.installed.remove(&sa).is_some(), "removed twice");

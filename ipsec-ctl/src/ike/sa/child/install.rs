@@ -10,7 +10,7 @@ use crate::ike::{
         keys::{ChildKeys, Nonces},
     },
     endpoint::Shared,
-    event::{ChildSaId, ChildUp, DownReason, Event, FailureReason, Stage},
+    event::{ChildSaId, ChildUp, DownReason, FailureReason, Stage},
     job::JobResult,
     message::{
         ExchangeType, Payload,
@@ -126,10 +126,11 @@ impl IkeSa {
             replace_at: now + shared.soft(lifetime, self.initiator),
             expire_at: now + lifetime,
         };
-        shared.events.push_back(Event::ChildUp(Box::new(ChildUp {
+        let up = ChildUp {
             peer,
             child,
             sa: sa.id,
+            ike: self.id,
             spi_in: Spi(agreed.spi_in),
             spi_out: Spi(agreed.spi_out),
             suite: agreed.suite,
@@ -138,8 +139,10 @@ impl IkeSa {
             local: agreed.local.clone(),
             remote: agreed.remote.clone(),
             outer: self.outer(shared),
-        })));
+        };
+        shared.install(now, up, ours);
         self.children.push(sa);
+        self.children_since = Some(now);
         self.child_failures = 0;
     }
 
@@ -176,12 +179,7 @@ impl IkeSa {
     ) {
         shared.release_pending(Some(child.spi_in));
         if let Some(peer) = self.peer {
-            shared.events.push_back(Event::ChildDown {
-                peer,
-                child: child.child,
-                sa: child.id,
-                reason,
-            });
+            shared.uninstall(peer, child.child, child.id, reason);
         }
     }
 
@@ -212,6 +210,7 @@ impl IkeSa {
         let sends = outbound > child.outbound;
         if inbound > child.inbound {
             self.heard = now;
+            shared.proved(sa);
         }
         child.inbound = inbound;
         child.outbound = outbound;
