@@ -123,6 +123,7 @@ impl Gateway {
                 .await
                 .map_err(|cause| StartError::Tunnel { name, cause })?;
         }
+        let _ = gateway.engine.command(seam::Command::Configured).await;
         Ok(gateway)
     }
 

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{
     RoutingSpec,
-    plan::{self, Kernel, MAIN, Wants},
+    plan::{self, Kernel, MAIN, Plan, Wants},
 };
-use crate::net::netlink::{Netlink, NetlinkError, Target};
+use crate::net::netlink::{Netlink, NetlinkError, Route, Rule, Target};
 
 /// A tunnel's wishes, and its device if there is one.
 #[derive(Clone, Debug)]
@@ -22,6 +22,10 @@ pub struct Routing {
     mark: u32,
     tunnels: BTreeMap<u32, Entry>,
     unreachable: Vec<IpAddr>,
+    /// What the kernel had when it was last asked.
+    kernel: Option<Kernel>,
+    /// Whether all tunnels are known, so that what none of them wants is a leftover.
+    complete: bool,
 }
 
 impl Routing {
@@ -32,7 +36,68 @@ impl Routing {
             mark,
             tunnels: BTreeMap::new(),
             unreachable: Vec::new(),
+            kernel: None,
+            complete: false,
         }
+    }
+
+    /// Notes that all tunnels have been set: from now on [`Self::apply`] removes what none of them wants. Before that a
+    /// former life's routes stay, for the tunnel that wants them may only be about to be set.
+    pub fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// Installs the backstops and routes of one tunnel at once, without looking at those of the others.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn protect(&mut self, number: u32) -> Result<(), NetlinkError> {
+        let Some(entry) = self.tunnels.get(&number).cloned() else {
+            return Ok(());
+        };
+        let kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => self.ask().await?,
+        };
+        let wants = Wants {
+            number,
+            device: entry.device,
+            spec: &entry.spec,
+        };
+        let plan = plan::plan(&[wants], &kernel);
+        self.kernel = Some(kernel);
+        self.add(&plan, &[], &[]).await
+    }
+
+    /// What the kernel has that the plan depends on.
+    async fn ask(&self) -> Result<Kernel, NetlinkError> {
+        Ok(Kernel {
+            addresses: self
+                .netlink
+                .addresses()
+                .await?
+                .into_iter()
+                .map(|(_, address)| address.addr())
+                .collect(),
+            routes: self.netlink.other_routes(MAIN).await?,
+            mark: self.mark,
+        })
+    }
+
+    /// Adds what is planned and not there: backstops first, then routes, then the rules that lead to them.
+    async fn add(&self, plan: &Plan, routes: &[Route], rules: &[Rule]) -> Result<(), NetlinkError> {
+        let mut first = Ok(());
+        let missing = plan.routes.iter().filter(|route| !routes.contains(route));
+        let (backstops, others): (Vec<_>, Vec<_>) =
+            missing.partition(|route| route.target == Target::Blackhole);
+        for route in backstops.into_iter().chain(others) {
+            first = first.and(self.netlink.add_route(route).await);
+        }
+        for rule in plan.rules.iter().filter(|rule| !rules.contains(rule)) {
+            first = first.and(self.netlink.add_rule(rule).await);
+        }
+        first
     }
 
     /// Notes what a tunnel wants; `number` names it.
@@ -58,17 +123,7 @@ impl Routing {
     ///
     /// The first step that failed; the others are done all the same.
     pub async fn apply(&mut self) -> Result<(), NetlinkError> {
-        let kernel = Kernel {
-            addresses: self
-                .netlink
-                .addresses()
-                .await?
-                .into_iter()
-                .map(|(_, address)| address.addr())
-                .collect(),
-            routes: self.netlink.other_routes(MAIN).await?,
-            mark: self.mark,
-        };
+        let kernel = self.ask().await?;
         let wants: Vec<Wants<'_>> = self
             .tunnels
             .iter()
@@ -81,27 +136,24 @@ impl Routing {
         let plan = plan::plan(&wants, &kernel);
         let routes = self.netlink.our_routes().await?;
         let rules = self.netlink.our_rules().await?;
-        let mut first = Ok(());
-        let mut note = |result: Result<(), NetlinkError>| {
-            if first.is_ok() {
-                first = result;
+        let mut first = self.add(&plan, &routes, &rules).await;
+        if self.complete {
+            for rule in rules.iter().filter(|rule| !plan.rules.contains(rule)) {
+                first = first.and(self.netlink.remove_rule(rule).await);
             }
-        };
-        let missing = plan.routes.iter().filter(|route| !routes.contains(route));
-        let (backstops, others): (Vec<_>, Vec<_>) =
-            missing.partition(|route| route.target == Target::Blackhole);
-        for route in backstops.into_iter().chain(others) {
-            note(self.netlink.add_route(route).await);
+            let leftovers: Vec<&Route> = routes
+                .iter()
+                .filter(|route| !plan.routes.contains(route))
+                .collect();
+            for route in &leftovers {
+                first = first.and(self.netlink.remove_route(route).await);
+            }
+            // A route that differs from the planned one in its source alone had kept that one out.
+            if !leftovers.is_empty() {
+                first = first.and(self.add(&plan, &[], &[]).await);
+            }
         }
-        for rule in plan.rules.iter().filter(|rule| !rules.contains(rule)) {
-            note(self.netlink.add_rule(rule).await);
-        }
-        for rule in rules.iter().filter(|rule| !plan.rules.contains(rule)) {
-            note(self.netlink.remove_rule(rule).await);
-        }
-        for route in routes.iter().filter(|route| !plan.routes.contains(route)) {
-            note(self.netlink.remove_route(route).await);
-        }
+        self.kernel = Some(kernel);
         self.unreachable = plan.unreachable;
         first
     }

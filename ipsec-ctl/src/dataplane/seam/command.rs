@@ -24,6 +24,8 @@ pub struct SaId(pub u64);
 pub enum Command {
     /// Creates the tunnel and its device, or changes what differs from before; SAs stay.
     SetTunnel(Box<TunnelSpec>),
+    /// All tunnels of the configuration have been set: what a former life has left and none of them wants may go.
+    Configured,
     /// Removes the tunnel with its SAs, device, routes and rules.
     RemoveTunnel(TunnelId),
     /// Installs an SA. An outbound one takes the traffic of its child from the next packet on, in one step; the one

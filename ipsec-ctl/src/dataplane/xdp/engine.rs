@@ -172,6 +172,11 @@ impl Engine {
         let inner = &self.inner;
         match command {
             Command::SetTunnel(spec) => inner.set_tunnel(*spec).await.map(|()| None),
+            Command::Configured => {
+                inner.control.lock().await.routing.complete();
+                inner.dirty.notify_one();
+                Ok(None)
+            }
             Command::RemoveTunnel(id) => inner.remove_tunnel(id).await.map(|()| None),
             Command::Install(spec) => inner.install(&spec).await.map(Some),
             Command::Remove(id) => {
@@ -307,6 +312,8 @@ impl Inner {
         control
             .routing
             .set(spec.id.0, Some(link.index), &spec.routing);
+        // At once: the first packet may come before the keeper does.
+        control.routing.protect(spec.id.0).await.map_err(refused)?;
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
