@@ -19,6 +19,7 @@ pub mod offload;
 pub mod outbound;
 pub mod outer;
 pub mod path_mtu;
+pub mod program;
 pub mod resolver;
 pub mod sa;
 pub mod selectors;
