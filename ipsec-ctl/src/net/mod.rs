@@ -11,4 +11,4 @@ pub mod tun;
 pub mod watch;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// Runs a test in a fresh network namespace. Without root there is none to be had, and the test says so.
-pub(crate) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+pub(super) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: a network namespace needs root");
         return;
