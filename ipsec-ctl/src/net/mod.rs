@@ -3,6 +3,7 @@
 //! Mechanism only. What is wanted of the kernel, and why, is decided by the data plane.
 
 pub mod forwarding;
+pub mod netfilter;
 pub mod netlink;
 pub mod queues;
 pub mod socket;

@@ -4,11 +4,14 @@ use std::{
     collections::HashMap,
     io,
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
-use ipsec_common::{Reason, maps::SA_SLOTS};
+use ipsec_common::{
+    Reason,
+    maps::{SA_SLOTS, VlanKey},
+};
 use tokio::{
     sync::{Mutex, Notify, mpsc},
     task::JoinHandle,
@@ -17,9 +20,13 @@ use tokio::{
 
 use super::{
     events::Events,
+    fast::{Carrier, FastPaths},
+    gateway::Shared,
     inbound::InboundPipeline,
     outbound::OutboundPipeline,
     path_mtu::{MTU_WITHOUT_SA, PathMtus},
+    program::Program,
+    resolver::Resolver,
     slow::{SlowPath, Threads, devices::Device, monotonic_seconds, sockets::Sockets},
     table::{Tables, Tunnel},
     words::WordsArray,
@@ -28,11 +35,12 @@ use crate::{
     dataplane::{
         routing::Routing,
         seam::{
-            Command, Direction, Event, InterfaceStatus, Ledger, Offload, OffloadReason, Outer,
-            Rejected, SaSpec, SaStats, TunnelId, TunnelSpec,
+            Command, Direction, Event, InterfaceStatus, Ledger, OffloadReason, Outer, Rejected,
+            SaSpec, SaStats, TunnelId, TunnelSpec,
         },
     },
     net::{
+        netfilter,
         netlink::{Link, Netlink, NetlinkError},
         sysctl,
         tun::Tun,
@@ -88,6 +96,8 @@ struct Inner {
     config: EngineConfig,
     tables: Arc<Tables>,
     slow: Arc<SlowPath>,
+    /// Never locked while a table is changed by others than the holder of `control`.
+    fast: std::sync::Mutex<FastPaths>,
     events: Events,
     netlink: Netlink,
     control: Mutex<Control>,
@@ -119,19 +129,41 @@ impl Engine {
     pub async fn start(config: EngineConfig) -> Result<(Self, mpsc::Receiver<Event>), StartError> {
         let at = |step| move |source| StartError { step, source };
         let (events, receiver) = Events::channel(EVENT_QUEUE);
-        let words = WordsArray::anonymous(SA_SLOTS).map_err(at("map memory for SAs"))?;
+        let program = Program::load(&config.instance)
+            .inspect_err(|error| tracing::warn!(%error, "there will be no fast path"))
+            .ok();
+        let words = match &program {
+            Some(program) => program
+                .words()
+                .and_then(|array| WordsArray::of_bpf_array(array, SA_SLOTS)),
+            None => WordsArray::anonymous(SA_SLOTS),
+        }
+        .map_err(at("map memory for SAs"))?;
         let tables = Arc::new(Tables::new(words));
+        let shared = Shared {
+            tables: Arc::clone(&tables),
+            outbound: OutboundPipeline::new(events.clone()),
+            inbound: InboundPipeline::new(Arc::clone(&tables), events.clone()),
+        };
         let sockets = Sockets::open(config.ike_port, config.nat_port, config.mark)
             .map_err(at("open the sockets of IKE and ESP"))?;
         let slow = SlowPath::new(
             sockets,
-            OutboundPipeline::new(events.clone()),
-            InboundPipeline::new(Arc::clone(&tables), events.clone()),
+            shared.outbound.clone(),
+            shared.inbound.clone(),
             Arc::new(PathMtus::default()),
             Arc::clone(&tables),
             events.clone(),
         )
         .map_err(at("prepare the slow path"))?;
+        let slow = Arc::new(slow);
+        let resolver = Resolver::start(Arc::clone(&tables), config.mark)
+            .map_err(at("open a netlink socket"))?;
+        let carrier = program.and_then(|program| {
+            Carrier::new(program, &config, shared, resolver, Arc::clone(&slow))
+                .inspect_err(|error| tracing::warn!(%error, "there will be no fast path"))
+                .ok()
+        });
         let netlink = Netlink::open().map_err(at("open a netlink socket"))?;
         let changes = watch::start().map_err(at("watch links and routes"))?;
         let inner = Arc::new(Inner {
@@ -141,7 +173,8 @@ impl Engine {
             }),
             config,
             tables,
-            slow: Arc::new(slow),
+            slow,
+            fast: std::sync::Mutex::new(FastPaths::new(carrier)),
             events,
             netlink,
             links: RwLock::default(),
@@ -154,6 +187,7 @@ impl Engine {
             });
         }
         let threads = inner.slow.start().map_err(at("start threads"))?;
+        inner.refresh_fast_paths().await;
         let keeper = tokio::spawn(keep(Arc::clone(&inner), changes));
         let engine = Self {
             inner,
@@ -181,6 +215,7 @@ impl Engine {
             Command::Install(spec) => inner.install(&spec).await.map(Some),
             Command::Remove(id) => {
                 let tunnel = inner.tables.outbound_by_id(id).map(|sa| sa.core.tunnel);
+                inner.fast().remove(id);
                 inner.tables.remove(id);
                 if let Some(tunnel) = tunnel.and_then(|tunnel| inner.tables.tunnel(tunnel)) {
                     inner.fit_mtu(&tunnel).await;
@@ -189,6 +224,9 @@ impl Engine {
             }
             Command::MoveOuter(id, outer) => {
                 inner.tables.move_outer(id, outer)?;
+                if let Some(sa) = inner.tables.inbound_by_id(id) {
+                    inner.fast().install(id, sa.core.tunnel, Some(sa));
+                }
                 if let Some(sa) = inner.tables.outbound_by_id(id) {
                     inner.ask_path(&outer).await;
                     if let Some(tunnel) = inner.tables.tunnel(sa.core.tunnel) {
@@ -223,12 +261,18 @@ impl Engine {
     pub fn counters(&self) -> Vec<(Reason, u64)> {
         Reason::ALL
             .iter()
-            .map(|&reason| (reason, self.inner.slow.counters.get(reason)))
+            .map(|&reason| {
+                let slow = self.inner.slow.counters.get(reason);
+                (reason, slow + self.inner.fast().count(reason))
+            })
             .collect()
     }
 
     /// What is done on which interface.
     pub fn interfaces(&self) -> Vec<InterfaceStatus> {
+        if let Some(interfaces) = self.inner.fast().interfaces() {
+            return interfaces;
+        }
         let wanted = self.inner.config.interfaces.as_ref();
         let links = self
             .inner
@@ -317,6 +361,8 @@ impl Inner {
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
+        let changed = self.fast().set_tunnel(&tunnel, spec.fast_path);
+        self.report(changed);
         control
             .tunnels
             .insert(spec.id, Configured { spec, tun, tunnel });
@@ -327,6 +373,7 @@ impl Inner {
     async fn remove_tunnel(&self, id: TunnelId) -> Result<(), Rejected> {
         let mut control = self.control.lock().await;
         let configured = control.tunnels.remove(&id).ok_or(Rejected::UnknownTunnel)?;
+        self.fast().remove_tunnel(id);
         self.tables.remove_tunnel(id);
         self.slow.devices.remove(id);
         control.routing.remove(id.0);
@@ -347,10 +394,54 @@ impl Inner {
         {
             self.fit_mtu(&tunnel).await;
         }
-        Ok(Ledger {
-            sa: spec.id,
-            offload: Offload::Declined(OffloadReason::NoXdp),
-        })
+        let inbound = self.tables.inbound_by_id(spec.id);
+        Ok(self.fast().install(spec.id, spec.tunnel, inbound))
+    }
+
+    fn fast(&self) -> MutexGuard<'_, FastPaths> {
+        self.fast.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the fast path follow interfaces, addresses and firewalls.
+    async fn refresh_fast_paths(&self) {
+        let addresses = self.netlink.addresses().await.unwrap_or_default();
+        let addresses: Vec<IpAddr> = addresses.iter().map(|(_, net)| net.addr()).collect();
+        let links: Vec<Link> = {
+            let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+            links.values().cloned().collect()
+        };
+        let mut vlans = Vec::new();
+        for link in links
+            .iter()
+            .filter(|link| link.kind.as_deref() == Some("vlan"))
+        {
+            if let Ok(Some(below)) = self.netlink.egress(link.index).await
+                && let Some(outer) = below.vlan
+            {
+                let key = VlanKey {
+                    link: below.device,
+                    outer,
+                    inner: 0,
+                };
+                vlans.push((key, link.index));
+            }
+        }
+        let foreign_netfilter = netfilter::foreign_chains().unwrap_or_else(|error| {
+            tracing::warn!(%error, "firewall rules cannot be listed: they are taken to exist");
+            true
+        });
+        let changed = {
+            let mut fast = self.fast();
+            fast.set_host(&addresses, &vlans);
+            fast.refresh(&links, foreign_netfilter)
+        };
+        self.report(changed);
+    }
+
+    fn report(&self, changed: Vec<Ledger>) {
+        for ledger in changed {
+            self.events.send(Event::LedgerChanged(ledger));
+        }
     }
 
     /// Asks the kernel what the way to a peer takes, and whether it leads into a tunnel of ours.
@@ -389,6 +480,7 @@ impl Inner {
         if let Err(error) = self.netlink.set_mtu(tunnel.ifindex, mtu.into()).await {
             tracing::warn!(%error, mtu, "the MTU of a tunnel's device cannot be set");
         }
+        self.fast().enter_tunnel(tunnel.id);
     }
 
     async fn read_links(&self) -> Result<(), NetlinkError> {
@@ -441,6 +533,7 @@ impl Inner {
             }
         }
         let tunnels: Vec<_> = tunnels.into_iter().map(|(tunnel, _)| tunnel).collect();
+        self.refresh_fast_paths().await;
         self.fit_all(&tunnels, |_| true).await;
     }
 
@@ -464,6 +557,8 @@ impl Inner {
     }
 
     async fn tick(&self) {
+        // Neither firewalls nor changed numbers of queues are notified by all kernels.
+        self.refresh_fast_paths().await;
         let aged = self.slow.path_mtus.age(monotonic_seconds());
         let doubted = self.slow.path_mtus.take_doubted();
         if aged || !doubted.is_empty() {

@@ -7,6 +7,7 @@ pub mod af_xdp;
 pub mod counters;
 pub mod engine;
 pub mod events;
+pub mod fast;
 pub mod fleet;
 pub mod fragment;
 pub mod gateway;

@@ -5,9 +5,7 @@
 
 mod cookie;
 mod handover;
-mod index;
 mod init;
-mod peers;
 mod shared;
 mod unprotected;
 
@@ -21,7 +19,7 @@ pub(super) use handover::HANDOVER;
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
-use self::{cookie::Cookies, index::Index, unprotected::Rate};
+use self::{cookie::Cookies, unprotected::Rate};
 use super::{
     config::{EndpointConfig, PeerId, Role},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
@@ -47,9 +45,8 @@ pub struct Endpoint {
     shared: Shared,
     sas: BTreeMap<IkeSaId, IkeSa>,
     by_spi: HashMap<IkeSpi, IkeSaId>,
-    index: Index,
-    /// IKE SAs that the call under way has dealt with.
-    touched: Vec<IkeSaId>,
+    /// Half-open IKE SAs by the peer's address, port and SPI, to know a repeated IKE_SA_INIT.
+    by_init: HashMap<(SocketAddr, IkeSpi), IkeSaId>,
     cookies: Cookies,
     /// Responses to those who have no IKE SA with us.
     courtesy: Rate,
@@ -67,8 +64,7 @@ impl Endpoint {
             shared,
             sas: BTreeMap::new(),
             by_spi: HashMap::new(),
-            index: Index::default(),
-            touched: Vec::new(),
+            by_init: HashMap::new(),
             cookies,
             courtesy: Rate::default(),
             complaints: Rate::default(),
@@ -104,7 +100,6 @@ impl Endpoint {
         let Some(id) = self.by_spi.get(&ours).copied() else {
             return self.unknown_spi(now, local, remote, &message);
         };
-        self.touched.push(id);
         if let Some(sa) = self.sas.get_mut(&id) {
             let peers = if header.flags.initiator {
                 header.spi_i
@@ -124,7 +119,6 @@ impl Endpoint {
 
     /// Takes the result of a job.
     pub fn handle_job(&mut self, now: Time, result: JobResult) {
-        self.touched.push(result.ike);
         if let Some(sa) = self.sas.get_mut(&result.ike) {
             sa.handle_job(&mut self.shared, now, result);
         }
@@ -133,11 +127,9 @@ impl Endpoint {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Time) {
-        let due = self.index.due(now);
-        self.keep_what_is_needed(now, &due);
-        for id in due {
-            self.touched.push(id);
-            if let Some(sa) = self.sas.get_mut(&id) {
+        self.keep_what_is_needed(now);
+        for sa in self.sas.values_mut() {
+            if sa.next_timeout(&self.shared).is_some_and(|at| at <= now) {
                 sa.handle_timeout(&mut self.shared, now);
             }
         }
@@ -150,14 +142,12 @@ impl Endpoint {
 
     /// When [`Self::handle_timeout`] is to be called next.
     pub fn poll_timeout(&self) -> Option<Time> {
-        [
-            self.index.next(),
-            self.shared.next_attempt(),
-            self.shared.next_handover(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        self.sas
+            .values()
+            .filter_map(|sa| sa.next_timeout(&self.shared))
+            .chain(self.shared.next_attempt())
+            .chain(self.shared.next_handover())
+            .min()
     }
 
     /// The next thing that the caller should know. Drained before [`Self::poll_transmit`].
@@ -215,10 +205,7 @@ impl Endpoint {
     /// Does what the caller wants.
     pub fn handle_command(&mut self, now: Time, command: Command) {
         match command {
-            Command::SetPeer(config) => {
-                self.touch(config.id);
-                self.shared.set_peer(*config);
-            }
+            Command::SetPeer(config) => self.shared.set_peer(*config),
             Command::RemovePeer(peer) => {
                 self.delete_all(now, peer, DownReason::Operator);
                 self.shared.remove_peer(peer);
@@ -251,19 +238,9 @@ impl Endpoint {
     }
 
     fn with_child(&mut self, sa: ChildSaId, act: impl FnOnce(&mut IkeSa, &mut Shared)) {
-        let Some(id) = self.shared.owner(sa) else {
-            return;
-        };
-        self.touched.push(id);
-        if let Some(ike) = self.sas.get_mut(&id) {
+        if let Some(ike) = self.sas.values_mut().find(|ike| ike.has_sa(sa)) {
             act(ike, &mut self.shared);
         }
-    }
-
-    /// All IKE SAs of a peer are dealt with.
-    fn touch(&mut self, peer: PeerId) {
-        let same = self.sas.values().filter(|sa| sa.peer == Some(peer));
-        self.touched.extend(same.map(|sa| sa.id));
     }
 
     fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
@@ -280,7 +257,6 @@ impl Endpoint {
         child: super::config::ChildName,
         local: SocketAddr,
     ) {
-        self.touch(peer);
         let up = self
             .sas
             .values_mut()
@@ -302,7 +278,6 @@ impl Endpoint {
     }
 
     fn delete_all(&mut self, now: Time, peer: PeerId, reason: DownReason) {
-        self.touch(peer);
         for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
             sa.delete(&mut self.shared, now, reason);
         }
@@ -310,7 +285,6 @@ impl Endpoint {
 
     fn shutdown(&mut self, now: Time) {
         self.shared.want_nothing();
-        self.touched.extend(self.sas.keys());
         for sa in self.sas.values_mut() {
             sa.delete(&mut self.shared, now, DownReason::Operator);
         }
@@ -335,9 +309,8 @@ impl Endpoint {
     fn insert(&mut self, sa: IkeSa) {
         self.by_spi.insert(sa.our_spi(), sa.id);
         if !sa.initiator {
-            self.index.asked(sa.id, (sa.remote, sa.spi_i));
+            self.by_init.insert((sa.remote, sa.spi_i), sa.id);
         }
-        self.touched.push(sa.id);
         self.sas.insert(sa.id, sa);
     }
 
@@ -370,16 +343,16 @@ impl Endpoint {
                 FollowUp::Replace(peer) => self.replace(now, peer),
             }
         }
-        for id in std::mem::take(&mut self.touched) {
-            let Some(sa) = self.sas.get(&id) else {
-                continue;
-            };
-            if sa.state == State::Closed {
+        let over: Vec<IkeSaId> = self
+            .sas
+            .values()
+            .filter(|sa| sa.state == State::Closed)
+            .map(|sa| sa.id)
+            .collect();
+        for id in over {
+            if let Some(sa) = self.sas.remove(&id) {
                 self.by_spi.remove(&sa.our_spi());
-                self.index.remove(id);
-                self.sas.remove(&id);
-            } else {
-                self.index.update(sa, sa.next_timeout(&self.shared));
+                self.by_init.retain(|_, known| *known != id);
             }
         }
     }
@@ -388,7 +361,7 @@ impl Endpoint {
     // RFC 7296 section 2.4: INITIAL_CONTACT says that the peer knows of no other, so those end without a word.
     fn authenticated(&mut self, now: Time, ike: IkeSaId, peer: PeerId, initial_contact: bool) {
         self.shared.attempt_succeeded(peer);
-        self.touch(peer);
+        self.by_init.retain(|_, known| *known != ike);
         let Some(newest) = self.sas.get(&ike) else {
             return;
         };
@@ -419,7 +392,6 @@ impl Endpoint {
     fn closed(&mut self, now: Time, peer: Option<PeerId>, why: Closed) {
         let Some(peer) = peer else { return };
         let alone = !self.has_ike_sa(peer);
-        self.touch(peer);
         match why {
             Closed::Wanted if self.shared.role(peer) != Some(Role::Initiate) => {}
             Closed::Wanted | Closed::Lost if alone => self.shared.try_again(peer, now, false),
@@ -435,12 +407,9 @@ impl Endpoint {
     }
 
     /// An IKE SA that was replaced stays while the newer one still asks for its children.
-    fn keep_what_is_needed(&mut self, now: Time, due: &[IkeSaId]) {
-        let retires = |id| {
-            let sa: &IkeSa = self.sas.get(id)?;
-            sa.peer.filter(|_| sa.retires(now))
-        };
-        let peers: Vec<PeerId> = due.iter().filter_map(retires).collect();
+    fn keep_what_is_needed(&mut self, now: Time) {
+        let due = |sa: &IkeSa| sa.retires(now).then_some(sa.peer).flatten();
+        let peers: Vec<PeerId> = self.sas.values().filter_map(due).collect();
         for peer in peers {
             let mut same = self.sas.values().filter(|sa| sa.peer == Some(peer));
             if same.any(|sa| !sa.is_retiring() && sa.is_taking_over(now)) {

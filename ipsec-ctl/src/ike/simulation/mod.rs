@@ -6,7 +6,6 @@
 mod exchanges;
 mod hostile;
 mod lossy;
-mod many;
 mod network;
 mod pair;
 mod upkeep;
