@@ -145,7 +145,11 @@ impl Report {
         if let Some(finding) = cleartext(frame, decoded.addresses, canary) {
             self.cleartext += 1;
             if self.findings.len() < FINDINGS {
-                self.findings.push(format!("{:?} {finding}", decoded.kind));
+                let way = if outgoing { "going out" } else { "coming in" };
+                let head = frame.get(decoded.transport..).unwrap_or_default();
+                let head = &head[..head.len().min(8)];
+                self.findings
+                    .push(format!("{:?} {finding}, {way}, {head:02x?}", decoded.kind));
             }
         }
         if outgoing {

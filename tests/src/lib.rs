@@ -4,11 +4,13 @@
 //! that made them, so that whatever a killed run left is found and removed by the next one. What a test must hold on
 //! to (a namespace, a process, a capture) is a value whose drop removes it. The tests are in `suites/`.
 
+pub mod attack;
 pub mod capture;
 pub mod command;
 mod decode;
 pub mod gateway;
 pub mod netns;
+pub mod pair;
 pub mod ping;
 pub mod strongswan;
 pub mod suite;

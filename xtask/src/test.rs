@@ -35,7 +35,23 @@ const GROUPS: &[Group] = &[
     },
     Group {
         name: "namespaces",
-        arguments: &["--package", "ipsec-tests", "--lib", "--test", "harness"],
+        arguments: &[
+            "--package",
+            "ipsec-tests",
+            "--lib",
+            "--test",
+            "harness",
+            "--test",
+            "tunnels",
+            "--test",
+            "fail_closed",
+            "--test",
+            "attacker",
+        ],
+    },
+    Group {
+        name: "interop",
+        arguments: &["--package", "ipsec-tests", "--test", "strongswan"],
     },
 ];
 

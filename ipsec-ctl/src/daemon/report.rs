@@ -35,8 +35,16 @@ impl Gateway {
         let Some(tunnel) = self.tunnels.get_mut(id) else {
             return Err(self.unknown(name));
         };
-        tunnel.down = false;
+        let was_down = std::mem::replace(&mut tunnel.down, false);
         if matches!(tunnel.config.peer, Peer::Any) {
+            if was_down {
+                let now = self.now();
+                self.endpoint
+                    .handle_command(now, Command::Allow(PeerId(id.0)));
+                return Ok(Done {
+                    lines: vec![format!("{name} comes up when its peer starts it")],
+                });
+            }
             return Err(Refused {
                 message: format!("tunnel {name} has no peer address"),
                 remedy: "its peer starts it; wait for the peer, or configure `peer`".to_owned(),

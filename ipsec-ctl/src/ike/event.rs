@@ -32,6 +32,8 @@ pub enum Command {
     Up(PeerId, SocketAddr),
     /// Deletes the peer's IKE SAs and starts none until [`Command::Up`].
     Down(PeerId),
+    /// Lets a peer that was taken down come up again when it starts.
+    Allow(PeerId),
     /// Traffic asks for a child.
     Acquire(PeerId, ChildName, SocketAddr),
     /// Packets that an SA pair has carried so far, which tells whether a silent peer is worth asking.

@@ -213,8 +213,10 @@ impl Endpoint {
             Command::Up(peer, local) => self.up(now, peer, local),
             Command::Down(peer) => {
                 self.shared.want(peer, None);
+                self.shared.hold(peer, true);
                 self.delete_all(now, peer, DownReason::Operator);
             }
+            Command::Allow(peer) => self.shared.hold(peer, false),
             Command::Acquire(peer, child, local) => self.acquire(now, peer, child, local),
             Command::Traffic {
                 sa,
@@ -245,6 +247,7 @@ impl Endpoint {
 
     fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
         self.shared.want(peer, Some(local));
+        self.shared.hold(peer, false);
         if !self.has_ike_sa(peer) {
             self.start(now, peer, local);
         }

@@ -68,6 +68,8 @@ struct Peer {
     config: PeerConfig,
     /// Our address towards the peer while the peer is wanted up.
     wanted: Option<SocketAddr>,
+    /// The operator took it down: what it starts is refused until it is wanted up again.
+    held: bool,
     failures: u32,
     again_at: Option<Time>,
     /// Whether an IKE SA with it has been up before.
@@ -249,6 +251,7 @@ impl Shared {
                     Peer {
                         config,
                         wanted: None,
+                        held: false,
                         failures: 0,
                         again_at: None,
                         met: false,
@@ -311,6 +314,18 @@ impl Shared {
             peer.failures = 0;
             peer.again_at = None;
         }
+    }
+
+    /// Holds a peer down, so that it cannot bring itself up either, or lets go.
+    pub(super) fn hold(&mut self, peer: PeerId, held: bool) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.held = held;
+        }
+    }
+
+    /// Whether a peer is held down.
+    pub(in crate::ike) fn is_held(&self, peer: PeerId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| peer.held)
     }
 
     /// Whether a peer is wanted up.

@@ -199,6 +199,11 @@ impl IkeSa {
         let mut last = None;
         for peer in known {
             match check_psk(suite.prf, &peer.psk, &signed, proof, identity) {
+                Ok(()) if shared.is_held(peer.id) => {
+                    let detail =
+                        "the tunnel was taken down here, until it is brought up again".to_owned();
+                    return Err((FailureReason::WeRefusedAuth, detail));
+                }
                 Ok(()) => return Ok(peer.clone()),
                 Err(why) => last = Some(why),
             }

@@ -1,0 +1,85 @@
+//! Two gateways of ours with a tunnel between them, and the questions every test asks of it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::{
+    gateway::{Gateway, Tunnel},
+    ping::Ping,
+    topology::{Family, Side, Topology},
+    udp::Flow,
+};
+
+/// Longest that a tunnel may take to come up in a test.
+pub const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Starts gateway B as responder and gateway A as initiator and waits until their tunnels are up.
+///
+/// # Errors
+///
+/// They do not come up; the error has status and log.
+pub fn start<'a>(
+    topology: &'a Topology,
+    a: Tunnel,
+    b: Tunnel,
+) -> anyhow::Result<(Gateway<'a>, Gateway<'a>)> {
+    let name = a.name.clone();
+    let gateway_b = Gateway::start(&topology.gateway_b, &[b])?;
+    let gateway_a = Gateway::start(&topology.gateway_a, &[a])?;
+    gateway_a
+        .wait_up(&name, PATIENCE)
+        .with_context(|| format!("log of the other:\n{}", gateway_b.log(40)))?;
+    gateway_b.wait_up(&name, PATIENCE)?;
+    Ok((gateway_a, gateway_b))
+}
+
+/// Starts a tunnel between the two sites with the defaults of the configuration.
+///
+/// # Errors
+///
+/// As for [`start`].
+pub fn start_default(topology: &Topology) -> anyhow::Result<(Gateway<'_>, Gateway<'_>)> {
+    start(
+        topology,
+        Tunnel::between_sites(Side::A, Family::V4),
+        Tunnel::between_sites(Side::B, Family::V4).respond(),
+    )
+}
+
+/// Pings and UDP flows between the hosts, both ways, without any loss.
+///
+/// # Errors
+///
+/// What was lost.
+pub fn hosts_talk(topology: &Topology, family: Family) -> anyhow::Result<()> {
+    for from in [Side::A, Side::B] {
+        let to = from.other();
+        let way = || format!("from site {from:?} to site {to:?} by {family:?}");
+        let (here, there) = (topology.host(from), topology.host(to));
+        let address = to.host(family);
+        Ping::to(address)
+            .run(here)?
+            .all_answered()
+            .with_context(way)?;
+        let flow = Flow {
+            time: Duration::from_secs(1),
+            ..Flow::to(address)
+        };
+        flow.run(here, there)?.is_perfect().with_context(way)?;
+    }
+    Ok(())
+}
+
+/// No ping between the hosts is answered, either way.
+///
+/// # Errors
+///
+/// Some were.
+pub fn hosts_are_apart(topology: &Topology, family: Family) -> anyhow::Result<()> {
+    for from in [Side::A, Side::B] {
+        let ping = Ping::to(from.other().host(family)).count(5);
+        ping.run(topology.host(from))?.none_answered()?;
+    }
+    Ok(())
+}

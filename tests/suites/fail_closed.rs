@@ -1,0 +1,214 @@
+//! Nothing that a tunnel protects leaves in the clear, whatever becomes of the daemon.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, ensure};
+use ipsec_ctl::api::model::State;
+use ipsec_tests::{
+    capture::Capture,
+    cases,
+    gateway::{Gateway, Tunnel},
+    pair::{PATIENCE, hosts_are_apart, hosts_talk, start_default},
+    ping::Ping,
+    suite,
+    topology::{Family, Options, Side, Topology},
+    udp::{Flow, Running},
+};
+
+fn main() -> ExitCode {
+    suite::main(&cases![
+        [] nothing_is_in_the_clear_from_the_guard_through_start_kill_and_restart,
+        [] the_guard_alone_lets_nothing_out,
+        [] a_tunnel_that_never_came_up_lets_nothing_out,
+        [] protection_outlives_a_stopped_daemon_until_release,
+        [] a_tunnel_removed_by_reload_frees_its_prefixes_and_a_new_one_takes_them,
+        [] a_device_that_was_set_down_is_repaired,
+        [] plaintext_that_should_have_come_through_the_tunnel_is_dropped,
+        [] what_is_not_protected_is_left_alone,
+    ])
+}
+
+const V4: Family = Family::V4;
+const V6: Family = Family::V6;
+
+fn tunnel(side: Side) -> Tunnel {
+    let tunnel = Tunnel::between_sites(side, V4);
+    match side {
+        Side::A => tunnel,
+        Side::B => tunnel.respond(),
+    }
+}
+
+/// A flow in the background, long enough for any test; most of it is meant to get lost.
+fn endless(topology: &Topology, from: Side, family: Family) -> anyhow::Result<Running> {
+    let flow = Flow {
+        rate: Some(500),
+        time: Duration::from_secs(120),
+        ..Flow::to(from.other().host(family))
+    };
+    flow.start(topology.host(from), topology.host(from.other()))
+}
+
+fn nothing_is_in_the_clear_from_the_guard_through_start_kill_and_restart() -> anyhow::Result<()> {
+    for family in [V4, V6] {
+        let topology = Topology::build(Options::default())?;
+        let capture = Capture::start(&topology.router)?;
+        let a = Tunnel::between_sites(Side::A, family);
+        let b = Tunnel::between_sites(Side::B, family).respond();
+        let mut gateway_a = Gateway::prepare(&topology.gateway_a, "", &[a])?;
+        let mut gateway_b = Gateway::prepare(&topology.gateway_b, "", &[b])?;
+        for gateway in [&gateway_a, &gateway_b] {
+            gateway.guard()?;
+        }
+        let flows = [
+            endless(&topology, Side::A, family)?,
+            endless(&topology, Side::B, family)?,
+        ];
+        let clean = |when: &str| {
+            capture
+                .report()
+                .is_clean()
+                .with_context(|| format!("{when}, {family:?}"))
+        };
+        std::thread::sleep(Duration::from_millis(300));
+        clean("under the guard")?;
+        gateway_b.run()?;
+        gateway_a.run()?;
+        gateway_a.wait_up("site", PATIENCE)?;
+        std::thread::sleep(Duration::from_secs(1));
+        clean("after the start")?;
+        gateway_a.kill()?;
+        std::thread::sleep(Duration::from_secs(1));
+        clean("after kill -9 of A")?;
+        gateway_b.kill()?;
+        std::thread::sleep(Duration::from_secs(1));
+        clean("after kill -9 of both")?;
+        gateway_b.run()?;
+        gateway_a.run()?;
+        gateway_a.wait_up("site", PATIENCE)?;
+        std::thread::sleep(Duration::from_secs(1));
+        clean("after the restart")?;
+        hosts_talk(&topology, family)?;
+        for flow in flows {
+            let report = flow.cut()?;
+            ensure!(report.received > 500, "{report}");
+        }
+        capture.stop().is_clean()?;
+    }
+    Ok(())
+}
+
+fn the_guard_alone_lets_nothing_out() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let gateway = Gateway::prepare(&topology.gateway_a, "", &[tunnel(Side::A)])?;
+    gateway.guard()?;
+    let capture = Capture::start(&topology.router)?;
+    Ping::to(Side::B.host(V4))
+        .run(&topology.host_a)?
+        .none_answered()?;
+    capture.stop().is_clean()?;
+    gateway.release()?;
+    Ping::to(Side::B.host(V4))
+        .run(&topology.host_a)?
+        .all_answered()
+}
+
+fn a_tunnel_that_never_came_up_lets_nothing_out() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let gateway = Gateway::start(&topology.gateway_a, &[tunnel(Side::A)])?;
+    let capture = Capture::start(&topology.router)?;
+    Ping::to(Side::B.host(V4))
+        .count(50)
+        .run(&topology.host_a)?
+        .none_answered()?;
+    ensure!(gateway.tunnel("site")?.state != State::Up);
+    capture.stop().is_clean()
+}
+
+fn protection_outlives_a_stopped_daemon_until_release() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (mut a, mut b) = start_default(&topology)?;
+    hosts_talk(&topology, V4)?;
+    for gateway in [&mut a, &mut b] {
+        let status = gateway.stop()?;
+        ensure!(status.success(), "{status}");
+    }
+    hosts_are_apart(&topology, V4)?;
+    capture.stop().is_clean()?;
+    for gateway in [&a, &b] {
+        gateway.release()?;
+    }
+    // Now nobody claims the prefixes, and the hosts meet in the clear: it was the protection that kept them apart.
+    hosts_talk(&topology, V4)?;
+    let devices = topology.gateway_a.ip("link show")?;
+    ensure!(!devices.contains("site"), "{devices}");
+    Ok(())
+}
+
+fn a_tunnel_removed_by_reload_frees_its_prefixes_and_a_new_one_takes_them() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, b) = start_default(&topology)?;
+    for gateway in [&a, &b] {
+        gateway.configure("", &[])?;
+        gateway.reload()?;
+    }
+    hosts_talk(&topology, V4).context("nothing protects the prefixes any more")?;
+    let capture = Capture::start(&topology.router)?;
+    for (gateway, side) in [(&b, Side::B), (&a, Side::A)] {
+        gateway.configure(
+            "",
+            &[Tunnel {
+                name: "again".to_owned(),
+                ..tunnel(side)
+            }],
+        )?;
+        gateway.reload()?;
+    }
+    a.wait_up("again", PATIENCE)?;
+    hosts_talk(&topology, V4)?;
+    capture.stop().is_clean()
+}
+
+fn a_device_that_was_set_down_is_repaired() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let _gateways = start_default(&topology)?;
+    let flow = endless(&topology, Side::A, V4)?;
+    topology.gateway_a.ip("link set site down")?;
+    std::thread::sleep(Duration::from_millis(500));
+    topology.gateway_a.ip("link set site up")?;
+    std::thread::sleep(Duration::from_millis(500));
+    hosts_talk(&topology, V4)?;
+    flow.cut()?;
+    capture.stop().is_clean()
+}
+
+fn plaintext_that_should_have_come_through_the_tunnel_is_dropped() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    // Only A protects: what B sends arrives at A in the clear.
+    let _a = Gateway::start(&topology.gateway_a, &[tunnel(Side::A)])?;
+    let at_host = Capture::start(&topology.host_a)?;
+    Ping::to(Side::A.host(V4))
+        .run(&topology.host_b)?
+        .none_answered()?;
+    let seen = at_host.stop();
+    ensure!(seen.icmp == 0, "{}", seen.summary());
+    Ok(())
+}
+
+fn what_is_not_protected_is_left_alone() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let _gateways = start_default(&topology)?;
+    // The tunnel is IPv4's: IPv6 between the sites, and the gateways themselves, go as they always did.
+    hosts_talk(&topology, V6)?;
+    for family in [V4, V6] {
+        Ping::to(Side::B.outside(family))
+            .run(&topology.gateway_a)?
+            .all_answered()?;
+        Ping::to(Side::B.router(family))
+            .run(&topology.gateway_a)?
+            .all_answered()?;
+    }
+    Ok(())
+}
