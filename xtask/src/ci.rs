@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use crate::{
+    bpf,
     command::{build_release, cargo},
-    test, tidy,
+    demo, setup, test, tidy,
 };
 
 pub(crate) fn run() -> anyhow::Result<()> {
@@ -20,8 +21,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
             "warnings",
         ])
     })?;
+    timed("set-up", || setup::run(true))?;
+    timed("XDP program", || {
+        bpf::build()?;
+        bpf::lint()
+    })?;
     timed("build", build_release)?;
-    timed("tests", || test::run(false))
+    timed("tests", || test::run(false))?;
+    timed("demo", || demo::run(false, "plain"))
 }
 
 fn timed(step: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {

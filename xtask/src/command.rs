@@ -7,6 +7,8 @@ use std::{
 
 use anyhow::{Context, ensure};
 
+use crate::{bpf, setup};
+
 /// The top folder of the workspace.
 pub(crate) fn workspace() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -21,8 +23,10 @@ pub(crate) fn prepare(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds the binary that users install.
+/// Builds the binary that users install, with the XDP program in it.
 pub(crate) fn build_release() -> anyhow::Result<()> {
+    setup::run(true)?;
+    bpf::build()?;
     cargo(&["build", "--release", "--package", "ipsec-ctl"])
 }
 

@@ -1,8 +1,10 @@
 //! `cargo xtask`: everything one does with this project. This file only parses and dispatches.
 
+mod bpf;
 mod ci;
 mod command;
 mod demo;
+mod setup;
 mod test;
 mod tidy;
 
@@ -12,6 +14,12 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Task {
+    /// Install what building and testing need; nothing if it is all there
+    Setup {
+        /// Only list what is missing, as commands to paste
+        #[arg(long)]
+        no_install: bool,
+    },
     /// Build the release binary, target/release/ipsec-ctl
     Build,
     /// Run all tests and count them
@@ -37,6 +45,7 @@ enum Task {
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
+        Task::Setup { no_install } => setup::run(!no_install),
         Task::Build => command::build_release(),
         Task::Test { full } => test::run(full),
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),

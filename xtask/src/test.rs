@@ -8,7 +8,11 @@ use std::{
 
 use anyhow::{Context, ensure};
 
-use crate::command::{cargo, prepare};
+use crate::{
+    bpf,
+    command::{cargo, prepare},
+    setup,
+};
 
 /// A group of tests: its name, and how cargo is asked for it.
 struct Group {
@@ -67,6 +71,8 @@ struct Count {
 
 pub(crate) fn run(full: bool) -> anyhow::Result<()> {
     // Integration tests start the daemon as a program, which cargo does not build for them.
+    setup::run(true)?;
+    bpf::build()?;
     cargo(&["build", "--package", "ipsec-ctl"])?;
     let mut results = Vec::new();
     for group in GROUPS {
