@@ -30,7 +30,7 @@ pub enum Command {
     RemovePeer(PeerId),
     /// Starts an IKE SA if there is none. `local` is our address towards the peer.
     Up(PeerId, SocketAddr),
-    /// Deletes the peer's IKE SAs and starts none until [`Command::Up`].
+    /// Deletes the peer's IKE SAs, and neither starts nor accepts any until [`Command::Up`].
     Down(PeerId),
     /// Lets a peer that was taken down come up again when it starts.
     Allow(PeerId),

@@ -58,6 +58,11 @@ impl Handover {
         at_once
     }
 
+    /// The IKE SA that a pair belongs to.
+    pub(super) fn owner(&self, sa: ChildSaId) -> Option<IkeSaId> {
+        self.pairs.get(&sa).map(|pair| pair.ike)
+    }
+
     /// The peer has proved that it has a pair.
     pub(super) fn proved(&mut self, sa: ChildSaId) -> Option<Event> {
         if self.waiting == 0 {

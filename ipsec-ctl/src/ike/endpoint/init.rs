@@ -32,7 +32,7 @@ impl Endpoint {
         if spi_i == IkeSpi(0) || spi_r != IkeSpi(0) || message_id != MessageId(0) {
             return self.shared.refuse(Refusal::Malformed);
         }
-        if let Some(id) = self.by_init.get(&(remote, spi_i)).copied() {
+        if let Some(id) = self.index.answer_to(&(remote, spi_i)) {
             return self.repeated_init(now, id, bytes);
         }
         let header = message.header;
@@ -44,8 +44,7 @@ impl Endpoint {
             return;
         }
         let reply = |kind, data: &[u8]| notify(local, remote, spi_i, kind, data);
-        let peers: Vec<PeerConfig> = self.shared.peers_at(remote.ip()).cloned().collect();
-        if peers.is_empty() {
+        if self.shared.peers_at(remote.ip()).next().is_none() {
             let detail = format!("it offers {}", proposals::describe(&request.sa));
             if self.complaints.allows(now) {
                 self.shared.fail(
@@ -62,12 +61,12 @@ impl Endpoint {
                 .transmits
                 .extend(reply(NotifyType::NO_PROPOSAL_CHOSEN, &[]));
         }
-        let chosen = peers.iter().find_map(|peer| {
+        let chosen = self.shared.peers_at(remote.ip()).find_map(|peer| {
             proposals::choose_ike(&peer.proposals, &request.sa, Some(request.ke.method.0))
         });
         let Some((suite, number)) = chosen else {
             if self.complaints.allows(now) {
-                self.refuse_offer(remote, &peers, &request);
+                self.refuse_offer(remote, &request);
             }
             self.shared.refuse(Refusal::NoProposal);
             return self
@@ -82,7 +81,8 @@ impl Endpoint {
                 .transmits
                 .extend(reply(NotifyType::INVALID_KE_PAYLOAD, &wanted));
         }
-        let nat = if peers.iter().all(|peer| peer.nat == NatPolicy::Forbid) {
+        let forbidden = |peer: &PeerConfig| peer.nat == NatPolicy::Forbid;
+        let nat = if self.shared.peers_at(remote.ip()).all(forbidden) {
             NatPolicy::Forbid
         } else {
             NatPolicy::Auto
@@ -122,11 +122,7 @@ impl Endpoint {
         spi_i: IkeSpi,
         request: &InitRequest<'_>,
     ) -> bool {
-        let (mut all, mut same) = (0, 0);
-        for sa in self.sas.values().filter(|sa| sa.is_half_open()) {
-            all += 1;
-            same += u32::from(sa.remote.ip() == remote.ip());
-        }
+        let (all, same) = self.index.half_open(remote.ip());
         let config = &self.shared.config;
         if all >= config.half_open || same >= config.half_open_per_source {
             self.shared.refuse(Refusal::TooManyHalfOpen);
@@ -155,12 +151,9 @@ impl Endpoint {
     }
 
     /// Tells the operator what was offered and what comes nearest to it.
-    fn refuse_offer(
-        &mut self,
-        remote: SocketAddr,
-        peers: &[PeerConfig],
-        request: &InitRequest<'_>,
-    ) {
+    fn refuse_offer(&mut self, remote: SocketAddr, request: &InitRequest<'_>) {
+        // A gateway may have a thousand tunnels with one address; the first tell enough.
+        let peers: Vec<&PeerConfig> = self.shared.peers_at(remote.ip()).take(8).collect();
         let ours: Vec<IkeProposal> = peers
             .iter()
             .flat_map(|peer| peer.proposals.clone())
@@ -172,7 +165,7 @@ impl Endpoint {
             policy.join(", "),
             proposals::nearest_ike(&ours, &request.sa)
         );
-        let peer = match peers {
+        let peer = match peers.as_slice() {
             [only] => Some(only.id),
             _ => None,
         };

@@ -5,7 +5,9 @@
 
 mod cookie;
 mod handover;
+mod index;
 mod init;
+mod peers;
 mod shared;
 mod unprotected;
 
@@ -19,7 +21,7 @@ pub(super) use handover::HANDOVER;
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
-use self::{cookie::Cookies, unprotected::Rate};
+use self::{cookie::Cookies, index::Index, unprotected::Rate};
 use super::{
     config::{EndpointConfig, PeerId, Role},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
@@ -45,8 +47,9 @@ pub struct Endpoint {
     shared: Shared,
     sas: BTreeMap<IkeSaId, IkeSa>,
     by_spi: HashMap<IkeSpi, IkeSaId>,
-    /// Half-open IKE SAs by the peer's address, port and SPI, to know a repeated IKE_SA_INIT.
-    by_init: HashMap<(SocketAddr, IkeSpi), IkeSaId>,
+    index: Index,
+    /// IKE SAs that the call under way has dealt with.
+    touched: Vec<IkeSaId>,
     cookies: Cookies,
     /// Responses to those who have no IKE SA with us.
     courtesy: Rate,
@@ -64,7 +67,8 @@ impl Endpoint {
             shared,
             sas: BTreeMap::new(),
             by_spi: HashMap::new(),
-            by_init: HashMap::new(),
+            index: Index::default(),
+            touched: Vec::new(),
             cookies,
             courtesy: Rate::default(),
             complaints: Rate::default(),
@@ -100,6 +104,7 @@ impl Endpoint {
         let Some(id) = self.by_spi.get(&ours).copied() else {
             return self.unknown_spi(now, local, remote, &message);
         };
+        self.touched.push(id);
         if let Some(sa) = self.sas.get_mut(&id) {
             let peers = if header.flags.initiator {
                 header.spi_i
@@ -119,6 +124,7 @@ impl Endpoint {
 
     /// Takes the result of a job.
     pub fn handle_job(&mut self, now: Time, result: JobResult) {
+        self.touched.push(result.ike);
         if let Some(sa) = self.sas.get_mut(&result.ike) {
             sa.handle_job(&mut self.shared, now, result);
         }
@@ -127,9 +133,11 @@ impl Endpoint {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Time) {
-        self.keep_what_is_needed(now);
-        for sa in self.sas.values_mut() {
-            if sa.next_timeout(&self.shared).is_some_and(|at| at <= now) {
+        let due = self.index.due(now);
+        self.keep_what_is_needed(now, &due);
+        for id in due {
+            self.touched.push(id);
+            if let Some(sa) = self.sas.get_mut(&id) {
                 sa.handle_timeout(&mut self.shared, now);
             }
         }
@@ -142,12 +150,14 @@ impl Endpoint {
 
     /// When [`Self::handle_timeout`] is to be called next.
     pub fn poll_timeout(&self) -> Option<Time> {
-        self.sas
-            .values()
-            .filter_map(|sa| sa.next_timeout(&self.shared))
-            .chain(self.shared.next_attempt())
-            .chain(self.shared.next_handover())
-            .min()
+        [
+            self.index.next(),
+            self.shared.next_attempt(),
+            self.shared.next_handover(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// The next thing that the caller should know. Drained before [`Self::poll_transmit`].
@@ -205,7 +215,10 @@ impl Endpoint {
     /// Does what the caller wants.
     pub fn handle_command(&mut self, now: Time, command: Command) {
         match command {
-            Command::SetPeer(config) => self.shared.set_peer(*config),
+            Command::SetPeer(config) => {
+                self.touch(config.id);
+                self.shared.set_peer(*config);
+            }
             Command::RemovePeer(peer) => {
                 self.delete_all(now, peer, DownReason::Operator);
                 self.shared.remove_peer(peer);
@@ -240,9 +253,19 @@ impl Endpoint {
     }
 
     fn with_child(&mut self, sa: ChildSaId, act: impl FnOnce(&mut IkeSa, &mut Shared)) {
-        if let Some(ike) = self.sas.values_mut().find(|ike| ike.has_sa(sa)) {
+        let Some(id) = self.shared.owner(sa) else {
+            return;
+        };
+        self.touched.push(id);
+        if let Some(ike) = self.sas.get_mut(&id) {
             act(ike, &mut self.shared);
         }
+    }
+
+    /// All IKE SAs of a peer are dealt with.
+    fn touch(&mut self, peer: PeerId) {
+        let same = self.sas.values().filter(|sa| sa.peer == Some(peer));
+        self.touched.extend(same.map(|sa| sa.id));
     }
 
     fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
@@ -260,6 +283,7 @@ impl Endpoint {
         child: super::config::ChildName,
         local: SocketAddr,
     ) {
+        self.touch(peer);
         let up = self
             .sas
             .values_mut()
@@ -281,6 +305,7 @@ impl Endpoint {
     }
 
     fn delete_all(&mut self, now: Time, peer: PeerId, reason: DownReason) {
+        self.touch(peer);
         for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
             sa.delete(&mut self.shared, now, reason);
         }
@@ -288,6 +313,7 @@ impl Endpoint {
 
     fn shutdown(&mut self, now: Time) {
         self.shared.want_nothing();
+        self.touched.extend(self.sas.keys());
         for sa in self.sas.values_mut() {
             sa.delete(&mut self.shared, now, DownReason::Operator);
         }
@@ -312,8 +338,9 @@ impl Endpoint {
     fn insert(&mut self, sa: IkeSa) {
         self.by_spi.insert(sa.our_spi(), sa.id);
         if !sa.initiator {
-            self.by_init.insert((sa.remote, sa.spi_i), sa.id);
+            self.index.asked(sa.id, (sa.remote, sa.spi_i));
         }
+        self.touched.push(sa.id);
         self.sas.insert(sa.id, sa);
     }
 
@@ -346,16 +373,16 @@ impl Endpoint {
                 FollowUp::Replace(peer) => self.replace(now, peer),
             }
         }
-        let over: Vec<IkeSaId> = self
-            .sas
-            .values()
-            .filter(|sa| sa.state == State::Closed)
-            .map(|sa| sa.id)
-            .collect();
-        for id in over {
-            if let Some(sa) = self.sas.remove(&id) {
+        for id in std::mem::take(&mut self.touched) {
+            let Some(sa) = self.sas.get(&id) else {
+                continue;
+            };
+            if sa.state == State::Closed {
                 self.by_spi.remove(&sa.our_spi());
-                self.by_init.retain(|_, known| *known != id);
+                self.index.remove(id);
+                self.sas.remove(&id);
+            } else {
+                self.index.update(sa, sa.next_timeout(&self.shared));
             }
         }
     }
@@ -364,7 +391,7 @@ impl Endpoint {
     // RFC 7296 section 2.4: INITIAL_CONTACT says that the peer knows of no other, so those end without a word.
     fn authenticated(&mut self, now: Time, ike: IkeSaId, peer: PeerId, initial_contact: bool) {
         self.shared.attempt_succeeded(peer);
-        self.by_init.retain(|_, known| *known != ike);
+        self.touch(peer);
         let Some(newest) = self.sas.get(&ike) else {
             return;
         };
@@ -395,6 +422,7 @@ impl Endpoint {
     fn closed(&mut self, now: Time, peer: Option<PeerId>, why: Closed) {
         let Some(peer) = peer else { return };
         let alone = !self.has_ike_sa(peer);
+        self.touch(peer);
         match why {
             Closed::Wanted if self.shared.role(peer) != Some(Role::Initiate) => {}
             Closed::Wanted | Closed::Lost if alone => self.shared.try_again(peer, now, false),
@@ -410,9 +438,12 @@ impl Endpoint {
     }
 
     /// An IKE SA that was replaced stays while the newer one still asks for its children.
-    fn keep_what_is_needed(&mut self, now: Time) {
-        let due = |sa: &IkeSa| sa.retires(now).then_some(sa.peer).flatten();
-        let peers: Vec<PeerId> = self.sas.values().filter_map(due).collect();
+    fn keep_what_is_needed(&mut self, now: Time, due: &[IkeSaId]) {
+        let retires = |id| {
+            let sa: &IkeSa = self.sas.get(id)?;
+            sa.peer.filter(|_| sa.retires(now))
+        };
+        let peers: Vec<PeerId> = due.iter().filter_map(retires).collect();
         for peer in peers {
             let mut same = self.sas.values().filter(|sa| sa.peer == Some(peer));
             if same.any(|sa| !sa.is_retiring() && sa.is_taking_over(now)) {

@@ -1,4 +1,4 @@
-//! What all IKE SAs share: configuration, randomness, SPIs of ESP, attempts, and what there is to do.
+//! What all IKE SAs share: configuration, randomness, SPIs of ESP, and what there is to do.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -8,9 +8,9 @@ use std::{
 
 use ring::digest;
 
-use super::handover::Handover;
+use super::{handover::Handover, peers::Peers};
 use crate::ike::{
-    config::{ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
+    config::{ChildName, EndpointConfig, PeerId},
     event::{
         ChildSaId, ChildUp, DownReason, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp,
         Stage, Transmit,
@@ -32,10 +32,6 @@ const FIRST_SPI: u32 = 256;
 const FIRST_PAUSE: Duration = Duration::from_millis(800);
 /// Longest interval between two transmissions of a request.
 const LONGEST_PAUSE: Duration = Duration::from_secs(20);
-/// First pause after an attempt that failed.
-const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
-/// Longest pause after an attempt that failed.
-const LONGEST_BACK_OFF: Duration = Duration::from_secs(60);
 
 /// Why a datagram was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,18 +60,6 @@ pub enum Refusal {
     NoProposal,
 }
 
-struct Peer {
-    config: PeerConfig,
-    /// Our address towards the peer while the peer is wanted up.
-    wanted: Option<SocketAddr>,
-    /// The operator took it down: what it starts is refused until it is wanted up again.
-    held: bool,
-    failures: u32,
-    again_at: Option<Time>,
-    /// Whether an IKE SA with it has been up before.
-    met: bool,
-}
-
 /// What all IKE SAs share.
 pub(in crate::ike) struct Shared {
     pub(in crate::ike) config: EndpointConfig,
@@ -84,7 +68,7 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) events: VecDeque<Event>,
     pub(in crate::ike) jobs: VecDeque<Job>,
     pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
-    peers: BTreeMap<PeerId, Peer>,
+    pub(super) peers: Peers,
     spis: BTreeSet<u32>,
     handover: Handover,
     refusals: BTreeMap<Refusal, u64>,
@@ -101,7 +85,7 @@ impl Shared {
             events: VecDeque::new(),
             jobs: VecDeque::new(),
             follow_ups: VecDeque::new(),
-            peers: BTreeMap::new(),
+            peers: Peers::default(),
             spis: BTreeSet::new(),
             handover: Handover::default(),
             refusals: BTreeMap::new(),
@@ -117,7 +101,7 @@ impl Shared {
     }
 
     /// A fraction of `span` between 0 and a quarter, so that a thousand tunnels do not act as one.
-    fn jitter(&mut self, span: Duration) -> Duration {
+    pub(super) fn jitter(&mut self, span: Duration) -> Duration {
         let quarter = span / 4;
         let steps = u32::try_from(self.random.number() % 1024).unwrap_or(0);
         quarter * steps / 1024
@@ -211,6 +195,11 @@ impl Shared {
         });
     }
 
+    /// The IKE SA that a pair belongs to.
+    pub(super) fn owner(&self, sa: ChildSaId) -> Option<IkeSaId> {
+        self.handover.owner(sa)
+    }
+
     pub(super) fn hand_over_what_is_due(&mut self, now: Time) {
         let events = self.handover.due(now);
         self.events.extend(events);
@@ -240,167 +229,6 @@ impl Shared {
             reason,
             detail,
         })));
-    }
-
-    pub(super) fn set_peer(&mut self, config: PeerConfig) {
-        match self.peers.get_mut(&config.id) {
-            Some(peer) => peer.config = config,
-            None => {
-                self.peers.insert(
-                    config.id,
-                    Peer {
-                        config,
-                        wanted: None,
-                        held: false,
-                        failures: 0,
-                        again_at: None,
-                        met: false,
-                    },
-                );
-            }
-        }
-    }
-
-    pub(super) fn remove_peer(&mut self, peer: PeerId) {
-        self.peers.remove(&peer);
-    }
-
-    pub(in crate::ike) fn peer(&self, peer: PeerId) -> Option<&PeerConfig> {
-        self.peers.get(&peer).map(|peer| &peer.config)
-    }
-
-    pub(in crate::ike) fn role(&self, peer: PeerId) -> Option<Role> {
-        self.peer(peer).map(|peer| peer.role)
-    }
-
-    /// Peers that may be at an address: those that are configured with it, else those that may be anywhere.
-    pub(in crate::ike) fn peers_at(&self, address: IpAddr) -> impl Iterator<Item = &PeerConfig> {
-        let exact = self
-            .peers
-            .values()
-            .any(|peer| peer.config.remote == Some(address));
-        self.peers
-            .values()
-            .map(|peer| &peer.config)
-            .filter(move |peer| peer.remote == Some(address) || (peer.remote.is_none() && !exact))
-    }
-
-    pub(in crate::ike) fn nat_policy(&self, peer: Option<PeerId>) -> NatPolicy {
-        peer.and_then(|peer| self.peer(peer))
-            .map_or(NatPolicy::Auto, |peer| peer.nat)
-    }
-
-    /// Whether encapsulation is forced on whoever is at an address.
-    pub(in crate::ike) fn forces_nat(&self, address: IpAddr) -> bool {
-        let mut peers = self.peers_at(address).peekable();
-        peers.peek().is_some() && peers.all(|peer| peer.nat == NatPolicy::Force)
-    }
-
-    pub(in crate::ike) fn child_lifetime(&self, peer: PeerId, child: ChildName) -> Duration {
-        self.peer(peer)
-            .and_then(|peer| peer.children.iter().find(|config| config.id == child))
-            .map_or(Duration::from_secs(3600), |config| config.lifetime)
-    }
-
-    /// Whether the peer may think that we still have IKE SAs from a former life.
-    pub(in crate::ike) fn is_first_contact(&self, peer: PeerId) -> bool {
-        self.peers.get(&peer).is_some_and(|peer| !peer.met)
-    }
-
-    /// Wants a peer up, from our address, or not any more.
-    pub(super) fn want(&mut self, peer: PeerId, local: Option<SocketAddr>) {
-        if let Some(peer) = self.peers.get_mut(&peer) {
-            peer.wanted = local;
-            peer.failures = 0;
-            peer.again_at = None;
-        }
-    }
-
-    /// Holds a peer down, so that it cannot bring itself up either, or lets go.
-    pub(super) fn hold(&mut self, peer: PeerId, held: bool) {
-        if let Some(peer) = self.peers.get_mut(&peer) {
-            peer.held = held;
-        }
-    }
-
-    /// Whether a peer is held down.
-    pub(in crate::ike) fn is_held(&self, peer: PeerId) -> bool {
-        self.peers.get(&peer).is_some_and(|peer| peer.held)
-    }
-
-    /// Whether a peer is wanted up.
-    pub(in crate::ike) fn wants(&self, peer: PeerId) -> bool {
-        self.peers
-            .get(&peer)
-            .is_some_and(|peer| peer.wanted.is_some())
-    }
-
-    pub(super) fn want_nothing(&mut self) {
-        for peer in self.peers.values_mut() {
-            peer.wanted = None;
-            peer.again_at = None;
-        }
-    }
-
-    pub(super) fn attempt_succeeded(&mut self, peer: PeerId) {
-        if let Some(peer) = self.peers.get_mut(&peer) {
-            peer.failures = 0;
-            peer.again_at = None;
-            peer.met = true;
-        }
-    }
-
-    /// The pause before the next attempt with a peer.
-    pub(super) fn back_off(&mut self, peer: PeerId) -> Duration {
-        let failures = self.peers.get(&peer).map_or(0, |peer| peer.failures);
-        self.pause(failures)
-    }
-
-    /// A pause that doubles with each failure.
-    pub(in crate::ike) fn pause(&mut self, failures: u32) -> Duration {
-        let pause = (FIRST_BACK_OFF * 2_u32.saturating_pow(failures.min(8))).min(LONGEST_BACK_OFF);
-        pause + self.jitter(pause)
-    }
-
-    /// Plans the next attempt of a peer that is wanted up.
-    pub(super) fn try_again(&mut self, id: PeerId, now: Time, failed: bool) {
-        let pause = self.back_off(id);
-        if let Some(peer) = self.peers.get_mut(&id) {
-            if failed {
-                peer.failures = peer.failures.saturating_add(1);
-            }
-            if peer.wanted.is_some() || failed {
-                peer.again_at = Some(now + pause);
-            }
-        }
-    }
-
-    /// Whether an attempt has failed so recently that traffic must not cause another.
-    pub(super) fn is_backing_off(&self, peer: PeerId, now: Time) -> bool {
-        self.peers
-            .get(&peer)
-            .and_then(|peer| peer.again_at)
-            .is_some_and(|at| at > now)
-    }
-
-    pub(super) fn next_attempt(&self) -> Option<Time> {
-        self.peers
-            .values()
-            .filter(|peer| peer.wanted.is_some())
-            .filter_map(|peer| peer.again_at)
-            .min()
-    }
-
-    /// Peers whose next attempt is due.
-    pub(super) fn due_attempts(&mut self, now: Time) -> Vec<(PeerId, SocketAddr)> {
-        self.peers
-            .iter_mut()
-            .filter(|(_, peer)| peer.again_at.is_some_and(|at| at <= now))
-            .filter_map(|(id, peer)| {
-                peer.again_at = None;
-                Some((*id, peer.wanted?))
-            })
-            .collect()
     }
 }
 

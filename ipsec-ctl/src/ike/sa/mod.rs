@@ -23,7 +23,7 @@ use super::{
         keys::{IkeKeys, Nonces},
     },
     endpoint::{HANDOVER, Shared},
-    event::{ChildSaId, DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
+    event::{DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
     job::{JobId, JobResult},
     message::IkeSpi,
     time::Time,
@@ -279,10 +279,6 @@ impl IkeSa {
                 .iter()
                 .chain(&self.answering)
                 .any(|waiting| waiting.what.child() == child)
-    }
-
-    pub(super) fn has_sa(&self, sa: ChildSaId) -> bool {
-        self.children.iter().any(|child| child.id == sa)
     }
 
     /// What `status` shows, once authenticated.

@@ -396,10 +396,26 @@ fn an_initiator_for_ever_comes_back_after_the_peers_delete() {
     let mut pair = pair();
     pair.up_a();
     pair.run(SOON);
-    pair.tell_b(Command::Down(PEER));
+    // The peer forgets the tunnel and learns of it again, as on a reload.
+    pair.tell_b(Command::RemovePeer(PEER));
+    pair.tell_b(Command::SetPeer(Box::new(peer(A, Role::Respond))));
     pair.run(Duration::from_secs(5));
     pair.assert_agreement(1);
     assert_eq!(pair.a.ike_ups, 2);
+}
+
+#[test]
+fn a_tunnel_that_the_operator_took_down_stays_down_whoever_starts_it() {
+    let mut pair = pair();
+    pair.up_a();
+    pair.run(SOON);
+    pair.tell_b(Command::Down(PEER));
+    pair.run(Duration::from_secs(60));
+    pair.assert_agreement(0);
+    assert!(pair.b.failures[0].detail.contains("taken down here"));
+    pair.up_b();
+    pair.run(SOON);
+    pair.assert_agreement(1);
 }
 
 #[test]

@@ -80,6 +80,7 @@ fn whatever_the_operators_do_both_sides_agree_in_the_end() {
             }
             pair.up_a();
         }
+        pair.up_b();
         pair.run(Duration::from_secs(300));
         pair.network.conditions = Conditions::PERFECT;
         // Long enough for every liveness check to have told a dead IKE SA from a live one.

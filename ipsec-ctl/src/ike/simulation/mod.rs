@@ -6,6 +6,7 @@
 mod exchanges;
 mod hostile;
 mod lossy;
+mod many;
 mod network;
 mod pair;
 mod upkeep;

@@ -1,6 +1,16 @@
-//! Tests of what needs no kernel.
+//! Tests of the program on tables: a frame in, a verdict and a counter out. In namespaces of their own; they need root, and
+//! the program built, and say so otherwise.
+
+use std::{net::UdpSocket, process::Command, sync::atomic::Ordering};
+
+use aya::{TestRun, TestRunOptions};
+use ipsec_common::maps::SA_SLOTS;
 
 use super::*;
+use crate::dataplane::xdp::{
+    af_xdp::{socket::open_all, umem::Umem},
+    words::WordsArray,
+};
 
 #[test]
 fn interfaces_get_elements_of_their_own_and_keep_them() {
@@ -19,4 +29,462 @@ fn an_instance_is_named_like_a_folder() {
     for bad in ["", "..", "a/b", "a.b"] {
         assert!(folder(bad).is_err(), "{bad}");
     }
+}
+
+const PASS: u32 = 2;
+const DROP: u32 = 1;
+const REDIRECT: u32 = 4;
+const HOST: &str = "10.1.0.1";
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+const SPI: Spi = Spi(0x1234);
+const VLAN: u16 = 5;
+
+/// A gateway with the interface `in0`, on which `10.1.0.1` is, and the tunnel device `tun0`, to which `10.2.0.0/16` is routed.
+struct Bed {
+    program: Program,
+    link: u32,
+    instance: String,
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        release(&self.instance).unwrap();
+    }
+}
+
+/// Runs a test on a thread of its own in a fresh network namespace.
+fn in_namespace(name: &str, test: impl FnOnce(Bed) + Send + 'static) {
+    let instance = format!("ipx-{name}-{}", std::process::id());
+    std::thread::spawn(move || {
+        if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
+            eprintln!("skipped: a network namespace needs root: {error}");
+            return;
+        }
+        for command in [
+            "link add in0 type veth peer name out0",
+            "link set in0 address 02:00:00:00:00:07 up",
+            "link set out0 up",
+            "link set lo up",
+            "address add 10.1.0.1/24 dev in0",
+            "tuntap add tun0 mode tun",
+            "link set tun0 mtu 1400 up",
+            "route add 10.2.0.0/16 dev tun0",
+            "route add 10.3.0.0/16 via 10.1.0.9",
+            "-6 route add 2001:db8:2::/48 dev tun0",
+        ] {
+            ip(command);
+        }
+        for family in ["ipv4", "ipv6"] {
+            std::fs::write(format!("/proc/sys/net/{family}/conf/all/forwarding"), "1").unwrap();
+        }
+        match Program::load(&instance) {
+            Err(ProgramError::NotBuilt) => eprintln!("skipped: {}", ProgramError::NotBuilt),
+            loaded => {
+                let mut program = loaded.unwrap();
+                let link = ifindex("in0");
+                assert_eq!(program.attach(link), Ok(AttachMode::Native));
+                test(Bed {
+                    program,
+                    link,
+                    instance,
+                });
+            }
+        }
+    })
+    .join()
+    .unwrap();
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "ip {arguments}");
+}
+
+fn ifindex(name: &str) -> u32 {
+    // Any socket of this namespace answers for it.
+    let _socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    nix::net::if_::if_nametoindex(name).unwrap()
+}
+
+impl Bed {
+    /// Runs the program on one frame as if it came in on `in0`: the verdict and all reasons that were counted.
+    fn run(&mut self, frame: &[u8]) -> (u32, Vec<Reason>) {
+        let before: Vec<_> = self.counts();
+        // struct xdp_md of linux/bpf.h: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let length = u32::try_from(frame.len()).unwrap();
+        let context = [0, length, 0, self.link, 0, 0]
+            .map(u32::to_ne_bytes)
+            .concat();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ctx_in: Some(&context),
+            ..TestRunOptions::default()
+        };
+        let verdict = xdp(&mut self.program.ebpf)
+            .unwrap()
+            .test_run(options)
+            .unwrap()
+            .return_value;
+        let counted = self.counts().into_iter().zip(before).zip(Reason::ALL);
+        let reasons = counted
+            .filter(|((after, before), _)| after != before)
+            .map(|(_, reason)| *reason)
+            .collect();
+        (verdict, reasons)
+    }
+
+    fn counts(&self) -> Vec<u64> {
+        let all = Reason::ALL.iter();
+        all.map(|reason| self.program.count(*reason)).collect()
+    }
+
+    fn check(&mut self, table: &[(&str, Vec<u8>, u32, Reason)]) {
+        for (description, frame, verdict, reason) in table {
+            assert_eq!(self.run(frame), (*verdict, vec![*reason]), "{description}");
+        }
+    }
+
+    /// Fills the maps for one tunnel with one inbound SA.
+    fn configure(&mut self) {
+        let program = &mut self.program;
+        program.set_settings(4500, 2).unwrap();
+        program.set_addresses(&[HOST.parse().unwrap()]).unwrap();
+        program.set_tunnel(ifindex("tun0"), 1400, true).unwrap();
+        program
+            .set_inbound(SPI, HOST.parse().unwrap(), 3, true)
+            .unwrap();
+    }
+}
+
+fn tagged(vlan: Option<u16>, ethertype: u16, packet: &[u8]) -> Vec<u8> {
+    let mut frame = [MAC, [2, 0, 0, 0, 0, 2]].concat();
+    if let Some(vlan) = vlan {
+        frame.extend([0x81, 0]);
+        frame.extend(vlan.to_be_bytes());
+    }
+    frame.extend(ethertype.to_be_bytes());
+    frame.extend(packet);
+    frame
+}
+
+fn v4(destination: &str, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
+    let mut packet = vec![
+        0x45, 0, length[0], length[1], 0, 0, 0x40, 0, 64, protocol, 0, 0,
+    ];
+    packet.extend([10, 1, 0, 2]);
+    packet.extend(destination.parse::<std::net::Ipv4Addr>().unwrap().octets());
+    packet.extend(payload);
+    packet
+}
+
+fn frame(destination: &str, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    tagged(None, 0x0800, &v4(destination, protocol, payload))
+}
+
+fn v6_frame(destination: &str) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, 8, 17, 64];
+    for address in ["2001:db8:1::2", destination] {
+        packet.extend(address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+    }
+    packet.extend([0, 9, 0, 9, 0, 8, 0, 0]);
+    tagged(None, 0x86dd, &packet)
+}
+
+fn esp(spi: u32) -> Vec<u8> {
+    let mut payload = spi.to_be_bytes().to_vec();
+    payload.extend([0, 0, 0, 1]);
+    payload.extend([0; 32]);
+    payload
+}
+
+fn udp(port: u16, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(8 + payload.len()).unwrap();
+    let mut datagram = [4500, port, length, 0].map(u16::to_be_bytes).concat();
+    datagram.extend(payload);
+    datagram
+}
+
+fn changed(mut frame: Vec<u8>, at: usize, byte: u8) -> Vec<u8> {
+    frame[at] = byte;
+    frame
+}
+
+#[test]
+fn until_an_interface_is_active_everything_passes() {
+    in_namespace("inactive", |mut bed| {
+        bed.configure();
+        bed.check(&[
+            ("ESP", frame(HOST, 50, &esp(SPI.0)), PASS, Reason::NotOurs),
+            (
+                "inner",
+                frame("10.2.0.1", 17, &udp(9, &[])),
+                PASS,
+                Reason::NotOurs,
+            ),
+        ]);
+    });
+}
+
+#[test]
+fn without_a_socket_known_esp_is_dropped_and_inner_packets_go_the_slow_way() {
+    in_namespace("nosocket", |mut bed| {
+        bed.configure();
+        let link = bed.link;
+        bed.program.activate(link, MAC).unwrap();
+        bed.check(&[
+            ("ESP", frame(HOST, 50, &esp(SPI.0)), DROP, Reason::NoSocket),
+            (
+                "inner",
+                frame("10.2.0.1", 17, &udp(9, &[])),
+                PASS,
+                Reason::SlowPolicy,
+            ),
+        ]);
+    });
+}
+
+#[test]
+fn packets_go_where_the_tables_and_the_fib_say() {
+    in_namespace("table", |mut bed| {
+        bed.configure();
+        let link = bed.link;
+        let umem = Umem::new(4096).unwrap();
+        let queue = QueueId {
+            ifindex: link,
+            queue: 0,
+        };
+        let (sockets, _) = open_all(&umem, &[queue]).unwrap();
+        bed.program
+            .enter_socket(queue, 1, sockets[0].as_fd())
+            .unwrap();
+        bed.program.activate(link, MAC).unwrap();
+        let own_esp = esp(SPI.0);
+        let inner = frame("10.2.0.1", 17, &udp(9, &[0; 64]));
+        bed.check(&[
+            (
+                "ESP of ours",
+                frame(HOST, 50, &own_esp),
+                REDIRECT,
+                Reason::FastInbound,
+            ),
+            (
+                "ESP of ours in UDP",
+                frame(HOST, 17, &udp(4500, &own_esp)),
+                REDIRECT,
+                Reason::FastInbound,
+            ),
+            (
+                "an ESP fragment",
+                changed(frame(HOST, 50, &own_esp), 20, 0x20),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "ESP to another",
+                frame("10.3.0.1", 50, &own_esp),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "IKE behind NAT",
+                frame(HOST, 17, &udp(4500, &[0; 40])),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "a keep-alive",
+                frame(HOST, 17, &udp(4500, &[0xff])),
+                PASS,
+                Reason::NotOurs,
+            ),
+            ("TCP to us", frame(HOST, 6, &[0; 20]), PASS, Reason::NotOurs),
+            (
+                "into the tunnel",
+                inner.clone(),
+                REDIRECT,
+                Reason::FastOutbound,
+            ),
+            (
+                "into the tunnel, IPv6",
+                v6_frame("2001:db8:2::1"),
+                REDIRECT,
+                Reason::FastOutbound,
+            ),
+            (
+                "ESP into the tunnel",
+                frame("10.2.0.1", 50, &own_esp),
+                REDIRECT,
+                Reason::FastOutbound,
+            ),
+            (
+                "past the tunnel",
+                frame("10.3.0.1", 17, &udp(9, &[])),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "no route",
+                frame("10.99.0.1", 17, &udp(9, &[])),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "the last hop",
+                changed(inner.clone(), 22, 1),
+                PASS,
+                Reason::SlowTtl,
+            ),
+            (
+                "a fragment",
+                changed(inner.clone(), 20, 0x20),
+                PASS,
+                Reason::SlowFragment,
+            ),
+            (
+                "options",
+                changed(inner.clone(), 14, 0x46),
+                PASS,
+                Reason::SlowOptions,
+            ),
+            (
+                "another's frame",
+                changed(inner.clone(), 5, 9),
+                PASS,
+                Reason::NotOurs,
+            ),
+            (
+                "as long as fits",
+                frame("10.2.0.1", 17, &udp(9, &[0; 1372])),
+                REDIRECT,
+                Reason::FastOutbound,
+            ),
+            (
+                "too long",
+                frame("10.2.0.1", 17, &udp(9, &[0; 1373])),
+                PASS,
+                Reason::SlowTooLong,
+            ),
+            (
+                "an unknown tag",
+                tagged(Some(VLAN), 0x0800, &v4("10.2.0.1", 17, &udp(9, &[]))),
+                PASS,
+                Reason::NotOurs,
+            ),
+        ]);
+        let key = VlanKey {
+            link,
+            outer: VLAN,
+            inner: 0,
+        };
+        bed.program.set_vlans(&[(key, link)]).unwrap();
+        bed.check(&[
+            (
+                "a known tag",
+                tagged(Some(VLAN), 0x0800, &v4("10.2.0.1", 17, &udp(9, &[]))),
+                REDIRECT,
+                Reason::FastOutbound,
+            ),
+            (
+                "ESP behind it",
+                tagged(Some(VLAN), 0x0800, &v4(HOST, 50, &own_esp)),
+                REDIRECT,
+                Reason::FastInbound,
+            ),
+        ]);
+        let device = ifindex("tun0");
+        bed.program.set_tunnel(device, 1400, false).unwrap();
+        bed.program
+            .set_inbound(SPI, HOST.parse().unwrap(), 3, false)
+            .unwrap();
+        bed.check(&[
+            ("not offloaded", inner, PASS, Reason::SlowPolicy),
+            (
+                "nor this way",
+                frame(HOST, 50, &own_esp),
+                PASS,
+                Reason::SlowPolicy,
+            ),
+        ]);
+    });
+}
+
+#[test]
+fn of_unknown_spis_a_few_a_second_pass() {
+    in_namespace("unknown", |mut bed| {
+        bed.configure();
+        let link = bed.link;
+        bed.program.activate(link, MAC).unwrap();
+        let verdicts: Vec<_> = (0..100)
+            .map(|_| bed.run(&frame(HOST, 50, &esp(999))))
+            .collect();
+        assert!(
+            verdicts
+                .iter()
+                .all(|(_, reasons)| *reasons == [Reason::UnknownSpi])
+        );
+        let passed = verdicts
+            .iter()
+            .filter(|(verdict, _)| *verdict == PASS)
+            .count();
+        // Two a second on each CPU, and a second may end in between.
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        assert!((2..=4 * cpus).contains(&passed), "{passed}");
+    });
+}
+
+#[test]
+fn an_sa_past_its_hard_limit_is_dropped_with_nobody_awake() {
+    in_namespace("hard", |mut bed| {
+        bed.configure();
+        let link = bed.link;
+        bed.program.activate(link, MAC).unwrap();
+        let array = WordsArray::of_bpf_array(bed.program.words().unwrap(), SA_SLOTS).unwrap();
+        let words = array.allocate().unwrap();
+        bed.program
+            .set_inbound(SPI, HOST.parse().unwrap(), words.slot(), true)
+            .unwrap();
+        words.hard_packets.store(10, Ordering::Relaxed);
+        words.hard_bytes.store(u64::MAX, Ordering::Relaxed);
+        words.fast_packets.store(6, Ordering::Relaxed);
+        words.slow_packets.store(3, Ordering::Relaxed);
+        let known = || frame(HOST, 50, &esp(SPI.0));
+        bed.check(&[("before", known(), DROP, Reason::NoSocket)]);
+        words.slow_packets.store(4, Ordering::Relaxed);
+        bed.check(&[("past it", known(), DROP, Reason::HardLimit)]);
+    });
+}
+
+#[test]
+fn the_next_process_takes_over_attachments_and_counters() {
+    in_namespace("again", |mut bed| {
+        bed.configure();
+        let link = bed.link;
+        bed.program.activate(link, MAC).unwrap();
+        bed.run(&frame(HOST, 50, &esp(SPI.0)));
+        assert_eq!(bed.program.count(Reason::NoSocket), 1);
+        // A process that dies removes nothing.
+        bed.program = Program::load(&bed.instance).unwrap();
+        assert_eq!(bed.program.attached(), [link]);
+        assert_eq!(bed.program.attach(link), Ok(AttachMode::Native));
+        assert_eq!(bed.program.count(Reason::NoSocket), 1);
+        bed.check(&[(
+            "SAs are forgotten",
+            frame(HOST, 50, &esp(SPI.0)),
+            PASS,
+            Reason::NotOurs,
+        )]);
+        bed.program.detach(link);
+        assert!(bed.program.attached().is_empty());
+    });
+}
+
+#[test]
+fn a_foreign_program_is_left_alone_and_named() {
+    in_namespace("foreign", |bed| {
+        let mut other = Program::load(&format!("{}-b", bed.instance)).unwrap();
+        let refused = other.attach(bed.link);
+        release(&format!("{}-b", bed.instance)).unwrap();
+        assert_eq!(refused, Err(OffloadReason::ForeignXdpProgram));
+    });
 }

@@ -1,0 +1,111 @@
+//! What the endpoint must find without looking at every IKE SA: who is due, who is half-open, who has asked already.
+//!
+//! A datagram of a stranger costs the same with one tunnel and with thousands.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+};
+
+use crate::ike::{event::IkeSaId, message::IkeSpi, sa::IkeSa, time::Time};
+
+/// What tells one IKE_SA_INIT from another: the initiator's address, port and SPI.
+pub(super) type Asked = (SocketAddr, IkeSpi);
+
+/// What is noted of one IKE SA.
+#[derive(Debug, Default)]
+struct Entry {
+    due: Option<Time>,
+    half_open: Option<IpAddr>,
+    asked: Option<Asked>,
+}
+
+/// The index.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    entries: HashMap<IkeSaId, Entry>,
+    due: BTreeSet<(Time, IkeSaId)>,
+    half_open: HashMap<IpAddr, u32>,
+    half_open_in_all: u32,
+    asked: HashMap<Asked, IkeSaId>,
+}
+
+impl Index {
+    /// Notes what has become of an IKE SA.
+    pub(super) fn update(&mut self, sa: &IkeSa, due: Option<Time>) {
+        let entry = self.entries.entry(sa.id).or_default();
+        if entry.due != due {
+            if let Some(at) = entry.due {
+                self.due.remove(&(at, sa.id));
+            }
+            self.due.extend(due.map(|at| (at, sa.id)));
+            entry.due = due;
+        }
+        let half_open = sa.is_half_open().then(|| sa.remote.ip());
+        if entry.half_open != half_open {
+            let before = std::mem::replace(&mut entry.half_open, half_open);
+            self.count(before, half_open);
+        }
+    }
+
+    /// Forgets an IKE SA.
+    pub(super) fn remove(&mut self, id: IkeSaId) {
+        let Some(entry) = self.entries.remove(&id) else {
+            return;
+        };
+        if let Some(at) = entry.due {
+            self.due.remove(&(at, id));
+        }
+        if let Some(asked) = entry.asked {
+            self.asked.remove(&asked);
+        }
+        self.count(entry.half_open, None);
+    }
+
+    fn count(&mut self, less: Option<IpAddr>, more: Option<IpAddr>) {
+        if let Some(address) = less {
+            self.half_open_in_all = self.half_open_in_all.saturating_sub(1);
+            if let Some(count) = self.half_open.get_mut(&address) {
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    self.half_open.remove(&address);
+                }
+            }
+        }
+        if let Some(address) = more {
+            self.half_open_in_all += 1;
+            *self.half_open.entry(address).or_default() += 1;
+        }
+    }
+
+    /// Half-open IKE SAs in all, and from one address.
+    pub(super) fn half_open(&self, address: IpAddr) -> (u32, u32) {
+        let same = self.half_open.get(&address).copied().unwrap_or(0);
+        (self.half_open_in_all, same)
+    }
+
+    /// Notes which request an IKE SA has come from.
+    pub(super) fn asked(&mut self, id: IkeSaId, asked: Asked) {
+        self.entries.entry(id).or_default().asked = Some(asked);
+        self.asked.insert(asked, id);
+    }
+
+    /// The IKE SA that a request has led to.
+    pub(super) fn answer_to(&self, asked: &Asked) -> Option<IkeSaId> {
+        self.asked.get(asked).copied()
+    }
+
+    /// When something is to be done next.
+    pub(super) fn next(&self) -> Option<Time> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// Those for which something is to be done.
+    pub(super) fn due(&self, now: Time) -> Vec<IkeSaId> {
+        self.due
+            .iter()
+            .take_while(|(at, _)| *at <= now)
+            .map(|(_, id)| *id)
+            .collect()
+    }
+}
