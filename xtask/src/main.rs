@@ -39,7 +39,7 @@ enum Task {
     },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
-    /// Run what CI runs: formatting, lints, tidy, tests, build
+    /// Run what CI runs: formatting, tidy, lints, build, tests, demo
     Ci,
 }
 
