@@ -234,6 +234,20 @@ fn a_thousand_tunnels_are_set_up_in_seconds() {
 }
 
 #[test]
+fn ipv6_keeps_its_least_mtu_over_a_path_that_is_narrower() {
+    let Some(net) = Net::new("least") else { return };
+    for gateway in ["ga", "gb"] {
+        net.exec(gateway, "ip link set wan mtu 1300");
+    }
+    let (_a, _b) = gateways(&net, false, false);
+    echo(&net);
+    assert!(net.exec("ga", "ip link show office").1.contains("mtu 1280"));
+    // The echo, a byte longer, fills the tunnel: 1232 bytes of data, 8 of UDP, 40 of IPv6.
+    let socket = client(&net, "2001:db8:2::2", false);
+    assert_eq!(exchange(&socket, 1231).unwrap(), 62);
+}
+
+#[test]
 fn bulk_packets_take_the_fast_path_and_a_firewall_takes_them_off_it() {
     let Some(net) = Net::new("fast") else { return };
     let (a, b) = gateways(&net, false, false);

@@ -466,6 +466,7 @@ impl Inner {
     /// Gives the device of a tunnel the MTU that its SAs and their paths leave.
     async fn fit_mtu(&self, tunnel: &Tunnel) {
         let mtu = self.slow.path_mtus.device_mtu(tunnel);
+        tunnel.set_whole(self.slow.path_mtus.whole_mtu(tunnel));
         if mtu != tunnel.mtu() {
             self.set_device_mtu(tunnel, mtu).await;
             self.events.send(Event::MtuChanged {

@@ -147,6 +147,11 @@ impl<S: SlowExit> Gateway<S> {
     }
 
     fn send_sealed(&mut self, frame: &mut [u8], sealed: &Sealed) -> Result<Verdict, Reason> {
+        if sealed.in_fragments {
+            self.counters.count(Reason::SlowTooLong);
+            self.exit.send(frame, sealed);
+            return Ok(Verdict::Done);
+        }
         let key = Key {
             device: None,
             source: sealed.outer.local,

@@ -45,6 +45,8 @@ pub struct Sealed {
     pub outer: Outer,
     /// Its TOS byte or traffic class.
     pub tos: u8,
+    /// The path does not take it in one piece, and IPv6 inside needs it to pass all the same.
+    pub in_fragments: bool,
 }
 
 /// The outbound half of the pipeline. Cheap to clone.
@@ -108,7 +110,8 @@ impl OutboundPipeline {
         }
         let payload = inner.start..inner.start + packet.bytes;
         match self.seal(sa, frame, payload, &packet) {
-            Ok(sealed) => {
+            Ok(mut sealed) => {
+                sealed.in_fragments = packet.bytes > usize::from(tunnel.whole());
                 sa.core.account(origin, packet.bytes, now, &self.events);
                 Outbound::Send(sealed)
             }
@@ -138,6 +141,7 @@ impl OutboundPipeline {
             packet,
             outer: sa.template.outer,
             tos: sa.template.tos(inner),
+            in_fragments: false,
         })
     }
 

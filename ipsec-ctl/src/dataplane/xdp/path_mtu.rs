@@ -4,7 +4,11 @@ use std::{collections::HashMap, net::IpAddr};
 
 use arc_swap::ArcSwap;
 
-use super::{outbound::LEAST_IPV6_MTU, sa::OutboundSa, table::Tunnel};
+use super::{
+    outbound::LEAST_IPV6_MTU,
+    sa::OutboundSa,
+    table::{Settings, Tunnel},
+};
 
 /// What a path is taken to carry while nothing is known of it.
 const ETHERNET: u16 = 1500;
@@ -119,13 +123,7 @@ impl PathMtus {
         if let Some(fixed) = settings.fixed_mtu {
             return fixed;
         }
-        let least = settings
-            .children
-            .iter()
-            .filter_map(|child| child.outbound.load_full())
-            .map(|sa| self.inner_mtu(&sa))
-            .min()
-            .unwrap_or(MTU_WITHOUT_SA);
+        let least = self.whole(&settings).unwrap_or(MTU_WITHOUT_SA);
         // RFC 8200 section 5: IPv6 needs 1280 bytes of a link. Then the outer packet is fragmented.
         if settings
             .children
@@ -136,6 +134,19 @@ impl PathMtus {
         } else {
             least.max(LEAST_IPV4_MTU)
         }
+    }
+
+    /// Longest inner packet of a tunnel in bytes whose outer packet the path takes in one piece.
+    pub fn whole_mtu(&self, tunnel: &Tunnel) -> u16 {
+        self.whole(&tunnel.settings.load()).unwrap_or(u16::MAX)
+    }
+
+    fn whole(&self, settings: &Settings) -> Option<u16> {
+        let children = settings.children.iter();
+        children
+            .filter_map(|child| child.outbound.load_full())
+            .map(|sa| self.inner_mtu(&sa))
+            .min()
     }
 
     fn inner_mtu(&self, sa: &OutboundSa) -> u16 {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, Hash, Hasher},
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -39,6 +40,8 @@ pub struct Tunnel {
     pub settings: ArcSwap<Settings>,
     /// MTU of the device in bytes.
     mtu: AtomicU16,
+    /// Longest inner packet in bytes whose outer packet the path takes in one piece.
+    whole: AtomicU16,
     /// Whether only a tunnel of ours leads to its peer.
     recursive: AtomicBool,
 }
@@ -52,6 +55,17 @@ impl Tunnel {
     /// Notes a new MTU of the device; tells whether it is another one.
     pub fn set_mtu(&self, mtu: u16) -> bool {
         self.mtu.swap(mtu, Ordering::Relaxed) != mtu
+    }
+
+    /// Longest inner packet in bytes whose outer packet the path takes in one piece. The MTU is longer only where IPv6
+    /// needs it to be.
+    pub fn whole(&self) -> u16 {
+        self.whole.load(Ordering::Relaxed)
+    }
+
+    /// Notes what the path takes in one piece.
+    pub fn set_whole(&self, bytes: u16) {
+        self.whole.store(bytes, Ordering::Relaxed);
     }
 
     /// Whether only a tunnel of ours leads to its peer: then nothing is sent.
@@ -95,7 +109,42 @@ pub struct Child {
     pub outbound: Arc<ArcSwapOption<OutboundSa>>,
 }
 
-type Shard = ArcSwap<HashMap<(Spi, IpAddr), Arc<InboundSa>>>;
+type Shard = ArcSwap<Inbound>;
+type Inbound = HashMap<InboundKey, Arc<InboundSa>, BuildHasherDefault<SpiHasher>>;
+
+/// What ESP says about its SA. Hashed by the SPI alone: we choose it, at random, and nobody else adds entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct InboundKey {
+    spi: Spi,
+    destination: IpAddr,
+}
+
+impl Hash for InboundKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u32(self.spi.0);
+    }
+}
+
+/// Spreads the bits of one SPI.
+#[derive(Default)]
+struct SpiHasher(u64);
+
+impl Hasher for SpiHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32((*byte).into());
+        }
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        // Fibonacci hashing: 2^64 over the golden ratio.
+        self.0 = (self.0 ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
 
 #[derive(Debug, Default)]
 struct Tunnels {
@@ -161,7 +210,10 @@ impl Tables {
 
     /// The inbound SA that ESP with this SPI to this address of ours belongs to.
     pub fn inbound(&self, spi: Spi, destination: IpAddr) -> Option<Arc<InboundSa>> {
-        self.shard(spi).load().get(&(spi, destination)).cloned()
+        self.shard(spi)
+            .load()
+            .get(&InboundKey { spi, destination })
+            .cloned()
     }
 
     /// The SA of that id, if it is an outbound one.
@@ -218,6 +270,7 @@ impl Tables {
                 ifindex,
                 settings: ArcSwap::new(Arc::clone(&settings)),
                 mtu: AtomicU16::new(mtu),
+                whole: AtomicU16::new(u16::MAX),
                 recursive: AtomicBool::new(false),
             }),
         };
@@ -267,9 +320,13 @@ impl Tables {
     pub fn install(&self, spec: &SaSpec) -> Result<(), Rejected> {
         let mut registry = self.registry();
         let tunnel = self.tunnel(spec.tunnel).ok_or(Rejected::UnknownTunnel)?;
-        let key = (spec.spi, spec.outer.local);
+        let key = InboundKey {
+            spi: spec.spi,
+            destination: spec.outer.local,
+        };
         if registry.sas.contains_key(&spec.id)
-            || (spec.direction == Direction::Inbound && self.inbound(key.0, key.1).is_some())
+            || (spec.direction == Direction::Inbound
+                && self.inbound(key.spi, key.destination).is_some())
         {
             return Err(Rejected::Exists);
         }
@@ -341,8 +398,12 @@ impl Tables {
                     outer,
                 ));
                 self.change_shard(spi, |shard| {
-                    shard.remove(&(spi, from));
-                    shard.insert((spi, outer.local), Arc::clone(&moved));
+                    shard.remove(&InboundKey {
+                        spi,
+                        destination: from,
+                    });
+                    let destination = outer.local;
+                    shard.insert(InboundKey { spi, destination }, Arc::clone(&moved));
                 });
                 registry.sas.insert(id, Installed::Inbound(moved));
             }
@@ -354,8 +415,11 @@ impl Tables {
         match registry.sas.remove(&id) {
             None => false,
             Some(Installed::Inbound(sa)) => {
-                let key = (sa.core.spi, sa.outer.local);
-                self.change_shard(key.0, |shard| {
+                let key = InboundKey {
+                    spi: sa.core.spi,
+                    destination: sa.outer.local,
+                };
+                self.change_shard(key.spi, |shard| {
                     shard.remove(&key);
                 });
                 true
@@ -400,13 +464,9 @@ impl Tables {
         self.tunnels.store(Arc::new(tunnels));
     }
 
-    fn change_shard(
-        &self,
-        spi: Spi,
-        change: impl FnOnce(&mut HashMap<(Spi, IpAddr), Arc<InboundSa>>),
-    ) {
+    fn change_shard(&self, spi: Spi, change: impl FnOnce(&mut Inbound)) {
         let shard = self.shard(spi);
-        let mut sas = HashMap::clone(&shard.load());
+        let mut sas = Inbound::clone(&shard.load());
         change(&mut sas);
         shard.store(Arc::new(sas));
     }

@@ -119,7 +119,8 @@ impl Sockets {
         )
     }
 
-    /// Sends a whole outer packet. One that is too long for the link is cut if its header allows that.
+    /// Sends a whole outer packet. One that is too long for the path is cut: it comes only from a tunnel whose MTU IPv6
+    /// keeps above what the path takes, or whose MTU is just changing.
     ///
     /// # Errors
     ///
@@ -133,8 +134,8 @@ impl Sockets {
         let mtu = usize::from(mtu);
         let fragments = match to {
             _ if packet.len() <= mtu => None,
-            IpAddr::V4(_) => fragment_v4(packet, mtu),
-            IpAddr::V6(_) => fragment_v6(packet, mtu, fragment_id(packet)),
+            IpAddr::V4(_) => fragment_outer_v4(packet, mtu),
+            IpAddr::V6(_) => fragment_v6(packet, mtu, sequence(packet, 40, 6)),
         };
         match fragments {
             None => self.send_one(to, packet),
@@ -176,13 +177,25 @@ impl Sockets {
     }
 }
 
-/// Something that differs between the packets of a pair of addresses: the low bytes of an ESP sequence number, which
+/// Cuts an outer IPv4 packet without options, whatever its DF bit says.
+fn fragment_outer_v4(packet: &[u8], mtu: usize) -> Option<Vec<Vec<u8>>> {
+    let mut packet = packet.to_vec();
+    let [.., high, low] = sequence(&packet, 20, 9).to_be_bytes();
+    packet.get_mut(4..8)?.copy_from_slice(&[high, low, 0, 0]);
+    fragment_v4(&packet, mtu)
+}
+
+/// Something that differs between the packets of a pair of addresses: the low half of the ESP sequence number, which
 /// stands behind the SPI, with or without UDP in front.
-fn fragment_id(packet: &[u8]) -> u32 {
+fn sequence(packet: &[u8], ip_bytes: usize, protocol_at: usize) -> u32 {
     const UDP: u8 = 17;
-    let esp = if packet.get(6) == Some(&UDP) { 48 } else { 40 };
+    let udp_bytes = if packet.get(protocol_at) == Some(&UDP) {
+        8
+    } else {
+        0
+    };
     packet
-        .get(esp + 4..)
+        .get(ip_bytes + udp_bytes + 4..)
         .and_then(|rest| rest.first_chunk::<4>())
         .map_or(0, |bytes| u32::from_be_bytes(*bytes))
 }
@@ -221,6 +234,18 @@ pub(super) fn ike(local: SocketAddr, remote: SocketAddr, bytes: &[u8]) -> IkeDat
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_outer_packet_is_cut_whatever_its_df_bit_says() {
+        let mut packet = vec![0x45, 0, 0, 120, 0, 0, 0x40, 0, 64, 50, 0, 0];
+        packet.extend([192, 0, 2, 1, 192, 0, 2, 2]); // addresses
+        packet.extend([0, 0, 16, 1, 0, 1, 2, 3]); // SPI and sequence number
+        packet.resize(120, 7);
+        let fragments = fragment_outer_v4(&packet, 76).unwrap();
+        assert_eq!(fragments.len(), 2);
+        assert_eq!(fragments[0][4..8], [2, 3, 0x20, 0]);
+        assert_eq!(fragments[1][4..8], [2, 3, 0, 7]);
+    }
 
     #[test]
     fn what_shares_the_port_is_told_apart() {
