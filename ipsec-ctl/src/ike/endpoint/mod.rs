@@ -319,6 +319,15 @@ impl Endpoint {
         }
     }
 
+    /// Saves every IKE SA and restores it from what was saved.
+    #[cfg(test)]
+    pub(super) fn save_and_restore(&mut self) {
+        for sa in self.sas.values_mut() {
+            let saved = serde_json::to_vec(sa).unwrap();
+            *sa = serde_json::from_slice(&saved).unwrap();
+        }
+    }
+
     /// Begins an IKE SA with a configured peer, if its address is known.
     fn start(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
         let Some(config) = self.shared.peer(peer).cloned() else {

@@ -154,6 +154,33 @@ fn generations_of_ike_sas_follow_each_other_on_any_network() {
     });
 }
 
+// All state of an IKE SA is in its value, a key exchange under way included.
+#[test]
+fn ike_sas_go_on_after_they_were_saved_and_restored_at_any_moment() {
+    for seed in 0..30 {
+        let mut random = Seeded::new(seed, 6);
+        let mut pair = Pair::new(seed, conditions(seed));
+        set(&mut pair, 3, |config| {
+            config.lifetime = Duration::from_secs(400)
+        });
+        pair.up_a();
+        for _ in 0..600 {
+            pair.run(Duration::from_millis(1 + random.below(1500)));
+            pair.a.endpoint.save_and_restore();
+            pair.b.endpoint.save_and_restore();
+        }
+        pair.network.conditions = Conditions::PERFECT;
+        for _ in 0..300 {
+            pair.run(Duration::from_secs(1));
+            pair.a.endpoint.save_and_restore();
+            if pair.a.installed.len() == 3 && pair.b.installed.len() == 3 {
+                break;
+            }
+        }
+        pair.assert_agreement(3);
+    }
+}
+
 #[test]
 fn a_wrong_psk_fails_for_the_same_reason_at_both_ends() {
     for_every_seed(|seed| {
