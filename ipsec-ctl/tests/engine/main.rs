@@ -4,6 +4,7 @@
     reason = "a test fails by panicking, helpers included"
 )]
 
+mod fast;
 mod gateway;
 mod net;
 

@@ -318,6 +318,7 @@ impl Carrier {
         links
             .iter()
             .filter(|link| link.up && !link.loopback && !ours.contains(&link.index))
+            .filter(|link| !is_above_others(link))
             .filter(|link| {
                 let wanted = self.wanted.as_ref();
                 wanted.is_none_or(|names| names.contains(&link.name))
@@ -443,6 +444,16 @@ impl Carrier {
                 reason: link.reason,
             })
             .collect()
+    }
+}
+
+/// Whether a link says nothing about the fast path: a VLAN is carried by the interface below it, and the TUN device of
+/// somebody else has no Ethernet.
+fn is_above_others(link: &Link) -> bool {
+    match link.kind.as_deref() {
+        Some("vlan") => true,
+        Some("tun") => link.mac.is_empty(),
+        _ => false,
     }
 }
 

@@ -141,7 +141,8 @@ impl Task {
                 mtu,
             } => (device, neighbour, mtu),
             Routed::Local => return Ok(Err(Reason::SlowLocal)),
-            Routed::Nowhere => return Ok(Err(Reason::NoRoute)),
+            // The kernel drops it, or answers: nothing is dropped here.
+            Routed::Nowhere => return Ok(Err(Reason::SlowNextHop)),
         };
         if self.tables.tunnel_of_device(device).is_some() {
             return Ok(Err(match key.device {
