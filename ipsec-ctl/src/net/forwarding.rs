@@ -72,6 +72,15 @@ pub struct Egress {
     pub mtu: u32,
 }
 
+/// A neighbour whose MAC address the kernel knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// An operator entered it for good: the kernel never asks whether it is still there.
+    pub permanent: bool,
+}
+
 /// A neighbour that changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NeighbourChange {
@@ -146,7 +155,7 @@ impl Netlink {
         }))
     }
 
-    /// MAC address of a neighbour; none while the kernel does not know it.
+    /// A neighbour; none while the kernel does not know its MAC address.
     ///
     /// # Errors
     ///
@@ -155,12 +164,17 @@ impl Netlink {
         &self,
         link: u32,
         address: IpAddr,
-    ) -> Result<Option<[u8; 6]>, NetlinkError> {
+    ) -> Result<Option<Neighbour>, NetlinkError> {
         let message = neighbour_message(link, address, NeighbourFlags::empty());
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNeighbour(message));
         request.header.flags = NLM_F_REQUEST;
         match self.ask(request, "look a neighbour up").await {
-            Ok(Some(RouteNetlinkMessage::NewNeighbour(message))) => Ok(usable_mac(&message)),
+            Ok(Some(RouteNetlinkMessage::NewNeighbour(message))) => {
+                Ok(usable_mac(&message).map(|mac| Neighbour {
+                    mac,
+                    permanent: message.header.state == NeighbourState::Permanent,
+                }))
+            }
             Ok(_) => Ok(None),
             Err(error) if error.errno == Some(libc::ENOENT) => Ok(None),
             Err(error) => Err(error),
@@ -168,7 +182,7 @@ impl Netlink {
     }
 
     /// Tells the kernel that a neighbour is in use, so that it finds out whether it is still there. Traffic that
-    /// bypasses the kernel does not tell it.
+    /// bypasses the kernel does not tell it. Not for permanent ones: the kernel would forget that they are.
     ///
     /// # Errors
     ///

@@ -153,8 +153,11 @@ impl Task {
         let Some(egress) = self.netlink.egress(device).await? else {
             return Ok(Err(Reason::SlowPolicy));
         };
-        self.netlink.use_neighbour(device, neighbour).await?;
-        let mac = self.netlink.neighbour(device, neighbour).await?;
+        let found = self.netlink.neighbour(device, neighbour).await?;
+        if found.is_none_or(|found| !found.permanent) {
+            self.netlink.use_neighbour(device, neighbour).await?;
+        }
+        let mac = found.map(|found| found.mac);
         self.remember(device, neighbour, mac);
         Ok(mac.ok_or(Reason::SlowNextHop).map(|destination| NextHop {
             ifindex: egress.device,

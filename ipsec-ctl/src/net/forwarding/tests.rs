@@ -110,7 +110,10 @@ fn a_neighbour_is_unknown_then_known_then_replaced() {
         ip("neighbour replace 192.0.2.254 lladdr 02:00:00:00:00:fe dev wan0 nud reachable");
         assert_eq!(
             netlink.neighbour(wan, gateway).await.unwrap(),
-            Some([2, 0, 0, 0, 0, 0xfe])
+            Some(Neighbour {
+                mac: [2, 0, 0, 0, 0, 0xfe],
+                permanent: false
+            })
         );
         ip("neighbour replace 192.0.2.254 lladdr 02:00:00:00:00:aa dev wan0 nud reachable");
         netlink.use_neighbour(wan, gateway).await.unwrap();
@@ -126,5 +129,16 @@ fn a_neighbour_is_unknown_then_known_then_replaced() {
         tokio::time::timeout(Duration::from_secs(5), replaced)
             .await
             .expect("the change is told");
+    });
+}
+
+#[test]
+fn a_permanent_neighbour_is_told_apart() {
+    in_namespace(async || {
+        let netlink = Netlink::open().unwrap();
+        let (wan, _) = topology(&netlink).await;
+        ip("neighbour add 192.0.2.9 lladdr 02:00:00:00:00:09 dev wan0 nud permanent");
+        let neighbour = netlink.neighbour(wan, address("192.0.2.9")).await.unwrap();
+        assert!(neighbour.unwrap().permanent);
     });
 }
