@@ -1,89 +1,100 @@
-//! Building the XDP program: for the bpf target, by a compiler of its own, into `target/bpf/ipsec-ebpf.o`.
+//! Builds and lints the XDP program, with the tools that `cargo xtask setup` put under `target/tools`.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::PathBuf, process::Command, time::SystemTime};
 
 use anyhow::{Context, ensure};
 
 use crate::{
-    command::workspace,
-    setup::{compiler, tools},
+    command::{prepare, shown, workspace},
+    setup::toolchain::{Compiler, compiler, libraries, tools},
 };
 
 const TARGET: &str = "bpfel-unknown-none";
+/// Line numbers for the verifier's log, and types for tools that show maps.
+const FLAGS: [&str; 2] = ["-Cdebuginfo=2", "-Clink-arg=--btf"];
 
-/// A cargo command in the XDP program's own workspace.
-fn cargo(arguments: &[&str]) -> anyhow::Result<Command> {
-    let bin = tools().join("bin");
-    let path = std::env::join_paths(std::iter::once(bin).chain(std::env::split_paths(
-        &std::env::var_os("PATH").unwrap_or_default(),
-    )))
-    .context("PATH")?;
-    eprintln!("$ cargo {} (ipsec-ebpf)", arguments.join(" "));
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command
-        .current_dir(workspace().join("ipsec-ebpf"))
-        .args(arguments)
-        .args(["--target", TARGET, "--target-dir"])
-        .arg(workspace().join("target/bpf"))
-        .env("PATH", path)
-        .env("RUSTC", compiler())
-        // `core` for this target is used as it is; nothing unstable is needed beyond that.
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env(
-            "CARGO_ENCODED_RUSTFLAGS",
-            "-Cdebuginfo=2\u{1f}-Clink-arg=--btf",
-        )
-        .env_remove("RUSTC_WRAPPER")
-        .env_remove("RUSTC_WORKSPACE_WRAPPER")
-        .env_remove("RUSTFLAGS");
-    Ok(command)
-}
-
-fn object() -> PathBuf {
-    workspace().join("target/bpf/ipsec-ebpf.o")
-}
-
-/// Builds the program; the object is touched only if it has changed, so that nothing is rebuilt for no reason.
+/// Builds the object and leaves it where `ipsec-ctl/build.rs` finds it.
 pub(crate) fn build() -> anyhow::Result<()> {
-    let status = cargo(&["build", "--release", "--quiet"])?
+    run(&["build"], &[])?;
+    let folder = workspace().join("target/bpf");
+    let built = folder.join(TARGET).join("release/ipsec-ebpf");
+    let object = folder.join("ipsec-ebpf.o");
+    let new = fs::read(&built).with_context(|| built.display().to_string())?;
+    let is_first = !object.exists();
+    // Written only when it differs, or everything would be built again each time.
+    if fs::read(&object).ok().as_deref() != Some(&new) {
+        fs::write(&object, new).with_context(|| object.display().to_string())?;
+    }
+    if is_first {
+        // While there was no object, cargo was told to watch the build script alone.
+        let script = workspace().join("ipsec-ctl/build.rs");
+        fs::File::open(&script)
+            .and_then(|file| file.set_modified(SystemTime::now()))
+            .with_context(|| script.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Formatting and clippy, warnings being errors.
+pub(crate) fn lint() -> anyhow::Result<()> {
+    let status = prepare(&["fmt", "--manifest-path", "ipsec-ebpf/Cargo.toml", "--check"])
         .status()
         .context("cargo cannot be started")?;
-    ensure!(status.success(), "the XDP program could not be built");
-    let built = workspace().join(format!("target/bpf/{TARGET}/release/ipsec-ebpf"));
-    let fresh = fs::read(&built).with_context(|| built.display().to_string())?;
-    if fs::read(object()).is_ok_and(|old| old == fresh) {
-        return Ok(());
-    }
-    fs::write(object(), fresh).context("the XDP program's object")
+    ensure!(status.success(), "ipsec-ebpf is not formatted");
+    run(&["clippy"], &["--", "-D", "warnings"])
 }
 
-/// Lints the program with the clippy of its own compiler, and checks its formatting.
-pub(crate) fn lint() -> anyhow::Result<()> {
-    let root = tools().join("rustc/usr");
-    let driver: &Path = &root.join("bin/clippy-driver");
-    let status = cargo(&["check", "--release", "--quiet"])?
-        .env("RUSTC_WORKSPACE_WRAPPER", driver)
-        .env("LD_LIBRARY_PATH", root.join("lib/x86_64-linux-gnu"))
-        .env("SYSROOT", &root)
-        .env(
-            "CLIPPY_ARGS",
-            "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__",
-        )
-        .status()
-        .context("clippy cannot be started")?;
-    ensure!(status.success(), "clippy has complaints about ipsec-ebpf");
-    let status = Command::new("cargo")
-        .args(["fmt", "--check"])
+/// Runs cargo in `ipsec-ebpf` with the compiler for BPF.
+fn run(task: &[&str], last: &[&str]) -> anyhow::Result<()> {
+    let compiler = compiler().context("no compiler for BPF: run `cargo xtask setup`")?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = match &compiler {
+        // clippy must be the compiler's own; it runs the cargo that CARGO names.
+        Compiler::Unpacked(folder) if task == ["clippy"] => {
+            let mut command = Command::new(folder.join("bin/cargo-clippy"));
+            command.env("CARGO", &cargo).arg("clippy");
+            command
+        }
+        _ => {
+            let mut command = Command::new(&cargo);
+            command.args(task);
+            command
+        }
+    };
+    match &compiler {
+        Compiler::Unpacked(folder) => {
+            command
+                .env("RUSTC", folder.join("bin/rustc"))
+                .env("LD_LIBRARY_PATH", libraries(folder));
+        }
+        Compiler::WithSource => {
+            command.args(["-Z", "build-std=core"]);
+        }
+    }
+    command
         .current_dir(workspace().join("ipsec-ebpf"))
-        .status()
-        .context("cargo fmt")?;
+        .args(["--release", "--locked", "--target", TARGET, "--target-dir"])
+        .arg(workspace().join("target/bpf"))
+        .args(last)
+        // Neither compiler is a nightly, and the BPF target is one's business.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
+        .env("PATH", search_path()?);
+    eprintln!("$ {}", shown(&command));
+    let status = command.status().context("cargo cannot be started")?;
     ensure!(
         status.success(),
-        "ipsec-ebpf is not formatted: run cargo fmt there"
+        "the XDP program: {} failed",
+        task.join(" ")
     );
     Ok(())
+}
+
+/// The search path, the tools' folder first, where rustc looks for bpf-linker.
+fn search_path() -> anyhow::Result<std::ffi::OsString> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders: Vec<PathBuf> = std::iter::once(tools().join("bin"))
+        .chain(std::env::split_paths(&path))
+        .collect();
+    std::env::join_paths(folders).context("search path")
 }

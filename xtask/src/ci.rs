@@ -21,7 +21,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             "warnings",
         ])
     })?;
-    timed("set-up", || setup::run(true))?;
+    timed("set-up", || setup::run(setup::Purpose::Test, true))?;
     timed("XDP program", || {
         bpf::build()?;
         bpf::lint()

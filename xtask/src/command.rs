@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::{Context, ensure};
 
-use crate::{bpf, setup};
+use crate::{
+    bpf,
+    setup::{self, Purpose},
+};
 
 /// The top folder of the workspace.
 pub(crate) fn workspace() -> PathBuf {
@@ -23,11 +26,27 @@ pub(crate) fn prepare(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds the binary that users install, with the XDP program in it.
+/// A command as one would type it.
+pub(crate) fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    words.join(" ")
+}
+
+/// Builds the binary that users install, the XDP program in it.
 pub(crate) fn build_release() -> anyhow::Result<()> {
-    setup::run(true)?;
+    build(&["build", "--release", "--package", "ipsec-ctl"])
+}
+
+/// Builds the same without optimisation, quicker.
+pub(crate) fn build_debug() -> anyhow::Result<()> {
+    build(&["build", "--package", "ipsec-ctl"])
+}
+
+fn build(arguments: &[&str]) -> anyhow::Result<()> {
+    setup::run(Purpose::Build, true)?;
     bpf::build()?;
-    cargo(&["build", "--release", "--package", "ipsec-ctl"])
+    cargo(arguments)
 }
 
 /// Runs cargo.

@@ -4,9 +4,13 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-use crate::command::{build_release, cargo, workspace};
+use crate::{
+    command::{build_release, cargo, workspace},
+    setup,
+};
 
 pub(crate) fn run(keep: bool, scenario: &str) -> anyhow::Result<()> {
+    setup::run(setup::Purpose::Test, true)?;
     build_release()?;
     cargo(&["build", "--package", "ipsec-tests", "--bin", "demo"])?;
     let target = workspace().join("target");

@@ -2,6 +2,7 @@
 
 mod bpf;
 mod ci;
+mod clean;
 mod command;
 mod demo;
 mod setup;
@@ -14,14 +15,18 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Task {
-    /// Install what building and testing need; nothing if it is all there
+    /// Install what building and testing need, and say why; done at once where nothing is missing
     Setup {
         /// Only list what is missing, as commands to paste
         #[arg(long)]
         no_install: bool,
     },
-    /// Build the release binary, target/release/ipsec-ctl
-    Build,
+    /// Build the binary with the XDP program in it, target/release/ipsec-ctl
+    Build {
+        /// For development: target/debug/ipsec-ctl
+        #[arg(long)]
+        debug: bool,
+    },
     /// Run all tests and count them
     Test {
         /// Also those that take minutes
@@ -37,6 +42,12 @@ enum Task {
         #[arg(long, default_value = "plain")]
         scenario: String,
     },
+    /// Remove what tests and demos left: namespaces with their processes, and pins
+    Clean {
+        /// The build tools in target/tools as well
+        #[arg(long)]
+        tools: bool,
+    },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
     /// Run what CI runs: formatting, tidy, lints, build, tests, demo
@@ -45,8 +56,10 @@ enum Task {
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
-        Task::Setup { no_install } => setup::run(!no_install),
-        Task::Build => command::build_release(),
+        Task::Setup { no_install } => setup::run(setup::Purpose::Test, !no_install),
+        Task::Clean { tools } => clean::run(tools),
+        Task::Build { debug: true } => command::build_debug(),
+        Task::Build { debug: false } => command::build_release(),
         Task::Test { full } => test::run(full),
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),
         Task::Tidy => tidy::run(),

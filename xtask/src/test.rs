@@ -9,8 +9,7 @@ use std::{
 use anyhow::{Context, ensure};
 
 use crate::{
-    bpf,
-    command::{cargo, prepare},
+    command::{build_debug, prepare},
     setup,
 };
 
@@ -70,10 +69,9 @@ struct Count {
 }
 
 pub(crate) fn run(full: bool) -> anyhow::Result<()> {
+    setup::run(setup::Purpose::Test, true)?;
     // Integration tests start the daemon as a program, which cargo does not build for them.
-    setup::run(true)?;
-    bpf::build()?;
-    cargo(&["build", "--package", "ipsec-ctl"])?;
+    build_debug()?;
     let mut results = Vec::new();
     for group in GROUPS {
         let start = Instant::now();
