@@ -1,9 +1,15 @@
 //! `ipsec-ctl check FILE`: says whether the file can be used and how it was understood.
 
-use std::{fmt::Display, path::PathBuf};
+use std::{
+    fmt::{Display, Write},
+    path::PathBuf,
+};
 
 use super::print;
-use crate::config::{self, Child, Config, Peer, Tunnel};
+use crate::{
+    config::{self, Child, Config, Peer, Tunnel},
+    net::preflight,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -13,7 +19,7 @@ pub(super) struct Options {
 
 pub(super) fn run(options: &Options) -> miette::Result<()> {
     let config = config::load(&options.file)?;
-    print(&render(&config))
+    print(&(render(&config) + &render_host(&config)))
 }
 
 fn render(config: &Config) -> String {
@@ -25,6 +31,27 @@ fn render(config: &Config) -> String {
         text.push_str(&render_tunnel(tunnel));
     }
     text
+}
+
+/// What of this host stands in the way.
+fn render_host(config: &Config) -> String {
+    let mut text = "\nthis host\n".to_owned();
+    for finding in preflight::findings(uses_ipv6(config)) {
+        let _ = writeln!(text, "  {:<30} {}", finding.what, finding.found);
+        if let Some(remedy) = finding.remedy {
+            let _ = writeln!(text, "  {:<30} -> {remedy}", "");
+        }
+    }
+    text
+}
+
+fn uses_ipv6(config: &Config) -> bool {
+    config
+        .tunnels
+        .iter()
+        .flat_map(|tunnel| &tunnel.children)
+        .flat_map(|child| child.local.iter().chain(&child.remote))
+        .any(|selector| selector.addresses.0.is_ipv6())
 }
 
 fn render_tunnel(tunnel: &Tunnel) -> String {

@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 use super::{convert, jobs::Pool, tunnels::Tunnels};
 use crate::{
     api::{Request, server::ServerError},
-    config::{Config, Peer, Role},
+    config::{Config, Peer, Role, SysctlSetting},
     dataplane::{
         seam::{self, IkeDatagram, TunnelId},
         xdp::engine::{self, Engine, EngineConfig},
@@ -30,7 +30,7 @@ use crate::{
         rng::SystemRandom,
         time::Time,
     },
-    net::netlink::Netlink,
+    net::{netlink::Netlink, preflight},
 };
 
 /// How often the daemon looks at counters, and at tunnels whose peers had no route.
@@ -141,6 +141,17 @@ impl Gateway {
         ) else {
             return error!("signals cannot be caught");
         };
+        if self.config.sysctl == SysctlSetting::Manage {
+            match preflight::manage(&super::originals(&self.config), true) {
+                Ok(changed) => changed.iter().for_each(|line| info!("sysctl {line}")),
+                Err(cause) => warn!(%cause, "sysctls cannot be set"),
+            }
+        }
+        for finding in preflight::findings(false) {
+            if let Some(remedy) = finding.remedy {
+                warn!("{} is {}; {remedy}", finding.what, finding.found);
+            }
+        }
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         info!(

@@ -9,7 +9,7 @@ use crate::{
         routing::{self, Routing},
         seam::TunnelId,
     },
-    net::{netlink::Netlink, tun::Tun},
+    net::{netlink::Netlink, preflight, tun::Tun},
 };
 
 /// Blocks everything that the configuration protects, until a daemon opens the tunnels. Returns what was done, in
@@ -62,6 +62,7 @@ pub fn release(config: &Config) -> io::Result<String> {
                 devices += 1;
             }
         }
+        preflight::restore(&super::originals(config))?;
         Ok(format!(
             "{devices} device(s) and all routes and rules of ours are gone; nothing is protected any more\n"
         ))

@@ -14,7 +14,7 @@ mod reload;
 mod report;
 mod tunnels;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokio::sync::mpsc;
 
@@ -22,6 +22,11 @@ pub use gateway::StartError;
 pub use guard::{guard, release};
 
 use crate::config::Config;
+
+/// Where the values of sysctls are kept that the daemon has changed.
+fn originals(config: &Config) -> PathBuf {
+    config.control_socket.with_extension("sysctls")
+}
 
 /// Runs the gateway until it is told to stop by SIGTERM or SIGINT.
 ///

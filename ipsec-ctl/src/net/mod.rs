@@ -5,6 +5,7 @@
 pub mod forwarding;
 pub mod netfilter;
 pub mod netlink;
+pub mod preflight;
 pub mod queues;
 pub mod socket;
 pub mod sysctl;
