@@ -40,6 +40,23 @@ impl Need {
     }
 }
 
+/// What a test returns when it finds only while it runs that the machine lacks something.
+#[derive(Debug)]
+struct Skipped(String);
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skipped {}
+
+/// Ends a test as skipped, for a reason.
+pub fn skipped(reason: &str) -> anyhow::Error {
+    anyhow::Error::new(Skipped(reason.to_owned()))
+}
+
 /// One test.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
@@ -87,9 +104,13 @@ fn trial(case: Case, full: bool) -> Trial {
             .or_else(|| (case.long && !full).then(|| "takes minutes: run with --full".to_owned()));
         match missing {
             Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => (case.body)()
-                .map(|()| Completion::Completed)
-                .map_err(|error| Failed::from(format!("{error:#}"))),
+            None => match (case.body)() {
+                Ok(()) => Ok(Completion::Completed),
+                Err(error) => match error.downcast_ref::<Skipped>() {
+                    Some(Skipped(reason)) => Ok(Completion::ignored_with(reason)),
+                    None => Err(Failed::from(format!("{error:#}"))),
+                },
+            },
         }
     })
 }

@@ -50,6 +50,8 @@ const GROUPS: &[Group] = &[
             "fail_closed",
             "--test",
             "attacker",
+            "--test",
+            "fast_path",
         ],
     },
     Group {
@@ -143,13 +145,14 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
 }
 
 impl Count {
-    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, or `test NAME ... ignored, REASON`;
+    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, or `test NAME ... ignored (REASON)`;
     /// others count nothing.
     fn add(&mut self, line: &str) {
         if let Some((name, reason)) = line
             .strip_prefix("test ")
-            .and_then(|rest| rest.split_once(" ... ignored, "))
+            .and_then(|rest| rest.split_once(" ... ignored ("))
         {
+            let reason = reason.trim_end_matches(')');
             self.reasons.push(format!("{}: {reason}", name.trim_end()));
         }
         let Some((_, results)) = line
@@ -182,7 +185,7 @@ mod tests {
         for line in [
             "test a ... ok",
             "test result: ok. 22 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
-            "test b    ... ignored, there is no `nft`: apt-get install nftables",
+            "test b    ... ignored (there is no `nft`: apt-get install nftables)",
             "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ] {
             count.add(line);

@@ -1,0 +1,200 @@
+//! What XDP and AF_XDP carry, what they leave to the slow path, and that traffic goes on when the network around changes.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, ensure};
+use ipsec_ctl::{
+    api::model::Direction,
+    dataplane::seam::{Offload, OffloadReason},
+};
+use ipsec_tests::{
+    capture::Capture,
+    cases,
+    gateway::{Gateway, Tunnel},
+    pair::{hosts_are_apart, hosts_talk, start, start_default},
+    ping::Ping,
+    suite::{self, Need::Nftables, skipped},
+    tcp,
+    topology::{Family, Options, Side, Topology},
+    udp::Flow,
+};
+
+fn main() -> ExitCode {
+    suite::main(&cases![
+        [] bulk_traffic_takes_the_fast_path,
+        [] nothing_is_lost_at_a_moderate_rate_for_ten_seconds,
+        [] long nothing_is_lost_at_a_moderate_rate_for_a_minute,
+        [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
+        [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
+        [] a_host_that_is_replaced_is_found_again,
+        [] a_large_transfer_arrives_whole_in_every_combination_of_families,
+    ])
+}
+
+const V4: Family = Family::V4;
+
+/// Both directions of the only child of a gateway.
+fn directions(gateway: &Gateway<'_>) -> anyhow::Result<[Direction; 2]> {
+    let child = gateway.tunnel("site")?.children.remove(0);
+    Ok([
+        child.inbound.context("no inbound SA")?,
+        child.outbound.context("no outbound SA")?,
+    ])
+}
+
+/// Skips the test where the gateway could not load XDP, and says why.
+fn need_offload(gateway: &Gateway<'_>) -> anyhow::Result<()> {
+    for direction in directions(gateway)? {
+        if let Offload::Declined(reason @ (OffloadReason::NoXdp | OffloadReason::NoAfXdp)) =
+            direction.offload
+        {
+            return Err(skipped(&format!(
+                "the fast path is not available: {reason:?}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn bulk_traffic_takes_the_fast_path() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, b) = start_default(&topology)?;
+    need_offload(&a)?;
+    for from in [Side::A, Side::B] {
+        let transfer = tcp::transfer(
+            topology.host(from),
+            topology.host(from.other()),
+            from.other().host(V4),
+            Duration::from_secs(3),
+            u64::MAX,
+        )?;
+        ensure!(transfer.bytes > 10_000_000, "{transfer}");
+    }
+    for gateway in [&a, &b] {
+        for direction in directions(gateway)? {
+            let (fast, slow) = (direction.fast.packets, direction.slow.packets);
+            ensure!(direction.offload == Offload::Full, "{direction:?}");
+            ensure!(
+                fast > 99 * slow,
+                "{fast} packets took the fast path, {slow} the slow one"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn nothing_is_lost_at_a_moderate_rate_for_ten_seconds() -> anyhow::Result<()> {
+    steady(Duration::from_secs(10))
+}
+
+fn nothing_is_lost_at_a_moderate_rate_for_a_minute() -> anyhow::Result<()> {
+    steady(Duration::from_secs(60))
+}
+
+/// Flows both ways at once, without any loss, duplicate or damage, and nothing in the clear.
+fn steady(time: Duration) -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let _gateways = start_default(&topology)?;
+    let flow = |from: Side| {
+        let to = from.other();
+        let flow = Flow {
+            rate: Some(2000),
+            time,
+            ..Flow::to(to.host(V4))
+        };
+        flow.start(topology.host(from), topology.host(to))
+    };
+    let (there, back) = (flow(Side::A)?, flow(Side::B)?);
+    there.finish()?.is_perfect().context("from A to B")?;
+    back.finish()?.is_perfect().context("from B to A")?;
+    capture.stop().is_clean()
+}
+
+fn a_tunnel_without_fast_path_says_so_and_carries_traffic() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let off = "fast_path = \"off\"";
+    let (a, b) = (
+        Tunnel::between_sites(Side::A, V4).with(off),
+        Tunnel::between_sites(Side::B, V4).respond().with(off),
+    );
+    let (a, _b) = start(&topology, a, b)?;
+    hosts_talk(&topology, V4)?;
+    for direction in directions(&a)? {
+        ensure!(direction.fast.packets == 0, "{direction:?}");
+        ensure!(
+            matches!(direction.offload, Offload::Declined(_)),
+            "{direction:?}"
+        );
+    }
+    Ok(())
+}
+
+fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let _gateways = start_default(&topology)?;
+    hosts_talk(&topology, V4)?;
+    for command in [
+        "nft add table inet firewall",
+        "nft add chain inet firewall forward { type filter hook forward priority 0 ; }",
+        "nft add rule inet firewall forward ip daddr 10.2.0.0/24 drop",
+    ] {
+        topology.gateway_a.exec(command)?;
+    }
+    // The fast path is given up when the rule is noticed.
+    std::thread::sleep(Duration::from_secs(2));
+    hosts_are_apart(&topology, V4)?;
+    topology.gateway_a.exec("nft delete table inet firewall")?;
+    std::thread::sleep(Duration::from_secs(2));
+    hosts_talk(&topology, V4)?;
+    capture.stop().is_clean()
+}
+
+fn a_host_that_is_replaced_is_found_again() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let _gateways = start_default(&topology)?;
+    hosts_talk(&topology, V4)?;
+    // Another interface card, and nobody is told; the host itself stays silent.
+    topology.host_b.ip("link set lan arp off")?;
+    topology
+        .host_b
+        .ip("link set lan address 02:00:00:00:00:99")?;
+    topology.host_b.ip("link set lan arp on")?;
+    let ping = Ping::to(Side::B.host(V4))
+        .count(200)
+        .interval(Duration::from_millis(200));
+    let report = ping.run(&topology.host_a)?;
+    ensure!(report.received > 0, "not found within 40 s: {report}");
+    hosts_talk(&topology, V4)
+}
+
+fn a_large_transfer_arrives_whole_in_every_combination_of_families() -> anyhow::Result<()> {
+    for outer in [V4, Family::V6] {
+        let topology = Topology::build(Options {
+            host_offload: true,
+            ..Options::default()
+        })?;
+        let mut ends = [Side::A, Side::B].map(|side| {
+            let mut tunnel = Tunnel::between_sites(side, outer);
+            let families = [V4, Family::V6];
+            tunnel.children[0].local = families.map(|family| side.prefix(family)).to_vec();
+            tunnel.children[0].remote = families.map(|family| side.other().prefix(family)).to_vec();
+            tunnel
+        });
+        ends[1].lines.push("role = \"respond\"".to_owned());
+        let [a, b] = ends;
+        let _gateways = start(&topology, a, b)?;
+        for inner in [V4, Family::V6] {
+            let to = Side::B.host(inner);
+            let (from, into) = (&topology.host_a, &topology.host_b);
+            let transfer = tcp::transfer(from, into, to, Duration::from_secs(20), 20_000_000)
+                .with_context(|| format!("{inner:?} in {outer:?}"))?;
+            ensure!(
+                transfer.bytes == 20_000_000,
+                "{inner:?} in {outer:?}: {transfer}"
+            );
+        }
+    }
+    Ok(())
+}
