@@ -261,8 +261,11 @@ fn open(v6: bool, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socke
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, kind.nonblocking().cloexec(), Some(protocol))?;
     socket.set_mark(mark)?;
-    // A smaller buffer only loses packets earlier, under a load that nobody should have.
-    let _ = socket.set_recv_buffer_size(BUFFER_BYTES);
+    // Past the sysctl rmem_max, which stands at 208 KiB: packets of a tenth of a second at a moderate rate. A smaller
+    // buffer only loses packets earlier.
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER_BYTES).is_err() {
+        let _ = socket.set_recv_buffer_size(BUFFER_BYTES);
+    }
     // IKE messages may be fragmented on the way: that beats a black hole. The kernel tells us of ICMP messages about
     // narrow paths and does not believe them itself, for it cannot know which of them are forged.
     if v6 {
