@@ -8,6 +8,7 @@ use crate::{
     dataplane::{
         routing::{self, Routing},
         seam::TunnelId,
+        xdp::program,
     },
     net::{netlink::Netlink, preflight, tun::Tun},
 };
@@ -42,7 +43,7 @@ pub fn guard(config: &Config) -> io::Result<String> {
     })
 }
 
-/// Removes devices, routes and rules. Returns what was done, in words.
+/// Removes the XDP program, devices, routes and rules. Returns what was done, in words.
 ///
 /// # Errors
 ///
@@ -50,6 +51,8 @@ pub fn guard(config: &Config) -> io::Result<String> {
 pub fn release(config: &Config) -> io::Result<String> {
     in_runtime(async {
         let netlink = Netlink::open()?;
+        // First: without it packets take the kernel's way, which leads into the devices as long as they are there.
+        program::release(&config.instance).map_err(io::Error::other)?;
         routing::release(&netlink).await.map_err(io::Error::other)?;
         let mut devices = 0;
         for tunnel in &config.tunnels {
@@ -64,7 +67,7 @@ pub fn release(config: &Config) -> io::Result<String> {
         }
         preflight::restore(&super::originals(config))?;
         Ok(format!(
-            "{devices} device(s) and all routes and rules of ours are gone; nothing is protected any more\n"
+            "the XDP program, {devices} device(s) and all routes and rules of ours are gone; nothing is protected any more\n"
         ))
     })
 }

@@ -480,6 +480,18 @@ fn the_next_process_takes_over_attachments_and_counters() {
 }
 
 #[test]
+fn after_a_release_the_interface_is_free_for_others() {
+    in_namespace("release", |mut bed| {
+        release(&bed.instance).unwrap();
+        let other = format!("{}-b", bed.instance);
+        // What is still held open by the process that released it ends with that process.
+        bed.program = Program::load(&other).unwrap();
+        bed.instance = other;
+        assert_eq!(bed.program.attach(bed.link), Ok(AttachMode::Native));
+    });
+}
+
+#[test]
 fn a_foreign_program_is_left_alone_and_named() {
     in_namespace("foreign", |bed| {
         let mut other = Program::load(&format!("{}-b", bed.instance)).unwrap();
