@@ -38,6 +38,7 @@ pub(crate) fn run(purpose: Purpose, install: bool) -> anyhow::Result<()> {
         .chain(toolchain::missing())
         .collect();
     if missing.is_empty() {
+        eprintln!("setup: everything is there");
         return Ok(());
     }
     eprintln!("setup: missing on this machine:");
@@ -60,7 +61,7 @@ pub(crate) fn run(purpose: Purpose, install: bool) -> anyhow::Result<()> {
     if let Some(item) = rest.first() {
         bail!("still missing after installation: {}", item.what);
     }
-    eprintln!("setup: everything is there now");
+    eprintln!("setup: done");
     Ok(())
 }
 
