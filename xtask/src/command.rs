@@ -49,6 +49,11 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
     cargo(arguments)
 }
 
+/// Measures the data plane, with the XDP program in it.
+pub(crate) fn bench() -> anyhow::Result<()> {
+    build(&["bench", "--package", "ipsec-ctl", "--bench", "data_plane"])
+}
+
 /// Runs cargo.
 pub(crate) fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
     let status = prepare(arguments)

@@ -48,6 +48,8 @@ enum Task {
         #[arg(long)]
         tools: bool,
     },
+    /// Measure one worker beside the limits that it cannot pass
+    Bench,
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
     /// Run what CI runs: formatting, tidy, lints, build, tests, demo
@@ -62,6 +64,7 @@ fn main() -> anyhow::Result<()> {
         Task::Build { debug: false } => command::build_release(),
         Task::Test { full } => test::run(full),
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),
+        Task::Bench => command::bench(),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),
     }
