@@ -12,3 +12,6 @@ mod transform;
 pub use proposal::{EspProposal, IkeProposal, ProposalError};
 pub use suite::{ChildSuite, IkeSuite};
 pub use transform::{Encryption, Esn, Group, Integrity, Prf};
+
+#[cfg(test)]
+mod known_answers;

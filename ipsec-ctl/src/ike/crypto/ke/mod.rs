@@ -64,6 +64,15 @@ impl PrivateKey {
         Self { group, value }
     }
 
+    /// One of a known answer.
+    #[cfg(test)]
+    pub(super) fn from_bytes(group: Group, value: Vec<u8>) -> Self {
+        Self {
+            group,
+            value: Zeroizing::new(value),
+        }
+    }
+
     /// Its group.
     pub fn group(&self) -> Group {
         self.group

@@ -95,3 +95,36 @@ fn power<const LIMBS: usize>(base: &Uint<LIMBS>, exponent: &[u8], prime: &str) -
         .pow(&*exponent)
         .retrieve()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether 2 passes Fermat's test for the prime and for its half, and the outer words are all ones.
+    fn is_safe<const LIMBS: usize>(prime: &str) {
+        assert!(
+            prime.starts_with("FFFFFFFFFFFFFFFFC90FDAA22168C234"),
+            "pi begins so"
+        );
+        assert!(prime.ends_with("FFFFFFFFFFFFFFFF"));
+        let number = Uint::<LIMBS>::from_be_hex(prime);
+        let half = number.shr_vartime(1);
+        let two = Uint::<LIMBS>::from_u8(2);
+        for modulus in [number, half] {
+            let odd = Odd::new(modulus).expect("a prime is odd");
+            let exponent = modulus.wrapping_sub(&Uint::ONE);
+            let power = FixedMontyForm::new(&two, &FixedMontyParams::new_vartime(odd))
+                .pow_vartime(&exponent)
+                .retrieve();
+            assert_eq!(power, Uint::ONE);
+        }
+    }
+
+    // RFC 3526: p and (p - 1) / 2 are primes, and the outer 64 bits of p are ones.
+    #[test]
+    fn the_primes_are_safe_primes_of_the_form_that_the_rfc_gives() {
+        is_safe::<{ crypto_bigint::U2048::LIMBS }>(P2048);
+        is_safe::<{ crypto_bigint::U3072::LIMBS }>(P3072);
+        is_safe::<{ crypto_bigint::U4096::LIMBS }>(P4096);
+    }
+}
