@@ -181,3 +181,6 @@ impl Stream<'_> {
         Key(Zeroizing::new(key.to_vec()))
     }
 }
+
+#[cfg(test)]
+mod tests;
