@@ -8,6 +8,7 @@ mod demo;
 mod setup;
 mod test;
 mod tidy;
+mod vm;
 
 use clap::Parser;
 
@@ -20,6 +21,9 @@ enum Task {
         /// Only list what is missing, as commands to paste
         #[arg(long)]
         no_install: bool,
+        /// Also what `vm --build` needs
+        #[arg(long)]
+        guest: bool,
     },
     /// Build the binary with the XDP program in it, target/release/ipsec-ctl
     Build {
@@ -48,6 +52,8 @@ enum Task {
         #[arg(long)]
         tools: bool,
     },
+    /// Run a command in a guest whose kernel has ESP, as root and without KVM; this machine's files are there, read-only
+    Vm(vm::Options),
     /// Measure one worker beside the limits that it cannot pass
     Bench,
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
@@ -58,7 +64,15 @@ enum Task {
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
-        Task::Setup { no_install } => setup::run(setup::Purpose::Test, !no_install),
+        Task::Setup { no_install, guest } => {
+            let purpose = if guest {
+                setup::Purpose::Guest
+            } else {
+                setup::Purpose::Test
+            };
+            setup::run(purpose, !no_install)
+        }
+        Task::Vm(options) => vm::run(&options),
         Task::Clean { tools } => clean::run(tools),
         Task::Build { debug: true } => command::build_debug(),
         Task::Build { debug: false } => command::build_release(),

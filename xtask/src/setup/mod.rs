@@ -17,6 +17,8 @@ pub(crate) enum Purpose {
     Build,
     /// Running tests and demo as well.
     Test,
+    /// Building a guest's kernel as well.
+    Guest,
 }
 
 /// One thing that is missing.

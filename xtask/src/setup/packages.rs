@@ -30,6 +30,14 @@ const fn test(name: &'static str, why: &'static str) -> Package {
     }
 }
 
+const fn guest(name: &'static str, why: &'static str) -> Package {
+    Package {
+        name,
+        why,
+        needed_for: Purpose::Guest,
+    }
+}
+
 /// All of them. The packaged Rust compiler is not here: it is unpacked and not installed, see [`super::toolchain`].
 const PACKAGES: &[Package] = &[
     build(
@@ -56,6 +64,13 @@ const PACKAGES: &[Package] = &[
         "libstrongswan-extra-plugins",
         "its ChaCha20-Poly1305 and Curve25519",
     ),
+    test("kmod", "the modules of a guest's packaged kernel"),
+    guest("flex", "building a guest's kernel"),
+    guest("bison", "building a guest's kernel"),
+    guest("bc", "building a guest's kernel"),
+    guest("libelf-dev", "building a guest's kernel"),
+    guest("libssl-dev", "building a guest's kernel"),
+    guest("xz-utils", "unpacking its source"),
 ];
 
 /// Packages that are missing.

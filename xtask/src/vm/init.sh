@@ -1,0 +1,31 @@
+#!/bin/bash
+# The first process of the guest. The root is the host's, read-only; whatever is written to is new and empty here.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 TERM=dumb
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs shm /dev/shm
+ln -sfn /proc/self/fd /dev/fd
+mount -t bpf bpf /sys/fs/bpf 2>/dev/null
+mount -t debugfs debug /sys/kernel/debug 2>/dev/null
+mount -t tmpfs -o mode=755 mnt /mnt
+mkdir /mnt/control /mnt/kernel
+mount -t hostfs -o "$CONTROL" control /mnt/control
+mount -t hostfs -o "ro,$KERNEL" kernel /mnt/kernel
+for folder in /tmp /run /var/tmp; do mount -t tmpfs -o mode=1777 new $folder; done
+mkdir -p /run/netns /run/lock
+if [ -d /mnt/kernel/lib/modules ]; then
+    printf '#!/bin/sh\nexec /sbin/modprobe --dirname /mnt/kernel "$@"\n' >/run/modprobe
+    chmod 755 /run/modprobe
+    echo /run/modprobe >/proc/sys/kernel/modprobe
+    /run/modprobe -a ipv6 esp4 esp6 xfrm_user veth tun gcm ghash-generic ctr cbc seqiv echainiv authenc sha512_generic chacha20poly1305
+fi
+ip link set lo up
+stty -F /dev/ttyS0 raw -echo 2>/dev/null
+setsid bash /mnt/control/command </dev/null >/dev/ttyS0 2>&1
+echo $? >/mnt/control/status
+sync
+echo o >/proc/sysrq-trigger
+sleep 5
