@@ -6,6 +6,7 @@ macro_rules! reasons {
         /// A reason; its number is the index of its counter in the BPF map.
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         pub enum Reason { $(#[doc = $meaning] $variant = $value,)* }
 
         impl Reason {

@@ -19,8 +19,8 @@ use crate::{
     api::{Request, server::ServerError},
     config::{Config, Peer, Role, SysctlSetting},
     dataplane::{
+        plane::{self, EngineConfig, Plane},
         seam::{self, IkeDatagram, TunnelId},
-        xdp::engine::{self, Engine, EngineConfig},
     },
     ike::{
         Endpoint,
@@ -52,7 +52,7 @@ pub enum StartError {
     Control(#[from] ServerError),
     /// The data plane cannot be started.
     #[error("the data plane cannot be started: {0}")]
-    Engine(#[from] engine::StartError),
+    Engine(#[from] plane::StartError),
     /// A tunnel cannot be set up.
     #[error("tunnel {name} cannot be set up: {cause}")]
     Tunnel {
@@ -67,7 +67,7 @@ pub enum StartError {
 pub(super) struct Gateway {
     pub(super) path: PathBuf,
     pub(super) config: Config,
-    pub(super) engine: Engine,
+    pub(super) engine: Plane,
     pub(super) endpoint: Endpoint,
     pub(super) netlink: Netlink,
     pub(super) tunnels: Tunnels,
@@ -82,7 +82,7 @@ impl Gateway {
     /// Starts the data plane and sets the tunnels up. Nothing is negotiated before [`Self::run`].
     pub(super) async fn start(path: &Path, config: Config) -> Result<Self, StartError> {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
-        let (engine, events) = Engine::start(EngineConfig {
+        let (engine, events) = Plane::start(EngineConfig {
             instance: config.instance.clone(),
             mark: config.mark,
             ike_port: config.ports.ike,
@@ -217,7 +217,7 @@ impl Gateway {
     }
 
     async fn tick(&mut self) {
-        self.hint_traffic();
+        self.hint_traffic().await;
         let pending: Vec<TunnelId> = self
             .tunnels
             .iter()
@@ -230,10 +230,10 @@ impl Gateway {
     }
 
     /// Tells the endpoint what the SAs have carried, which is how it knows that a peer lives.
-    fn hint_traffic(&mut self) {
+    async fn hint_traffic(&mut self) {
         let now = self.now();
         let mut moved = std::collections::BTreeMap::new();
-        for stats in self.engine.sa_stats() {
+        for stats in self.engine.sa_stats().await {
             let packets = stats.fast.packets.saturating_add(stats.slow.packets);
             if let Some((tunnel, sa)) = self.tunnels.owner(stats.sa) {
                 let inbound = self

@@ -22,8 +22,8 @@ impl Gateway {
     pub(super) async fn request(&mut self, request: Request) {
         // Whoever asked and went away does not want the answer.
         match request {
-            Request::Status(answer) => drop(answer.send(self.status())),
-            Request::Counters(answer) => drop(answer.send(self.counters())),
+            Request::Status(answer) => drop(answer.send(self.status().await)),
+            Request::Counters(answer) => drop(answer.send(self.counters().await)),
             Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
             Request::Down(name, answer) => drop(answer.send(self.down(&name))),
             Request::Reload(answer) => drop(answer.send(self.reload().await)),
@@ -88,9 +88,10 @@ impl Gateway {
         }
     }
 
-    fn counters(&self) -> Vec<Counter> {
+    async fn counters(&self) -> Vec<Counter> {
         self.engine
             .counters()
+            .await
             .into_iter()
             .map(|(reason, packets)| Counter {
                 name: reason.name().to_owned(),
@@ -101,8 +102,8 @@ impl Gateway {
             .collect()
     }
 
-    fn status(&self) -> Status {
-        let stats = self.engine.sa_stats();
+    async fn status(&self) -> Status {
+        let stats = self.engine.sa_stats().await;
         let established: Vec<(PeerId, IkeInfo)> = self
             .endpoint
             .established()
@@ -116,6 +117,7 @@ impl Gateway {
             interfaces: self
                 .engine
                 .interfaces()
+                .await
                 .into_iter()
                 .map(|interface| Interface {
                     fast_path: interface_words(&interface),

@@ -1,5 +1,7 @@
-//! The data plane's side of the gateway: so far the protocol that the daemon will speak to an engine, in [`seam`].
+//! The data plane: the protocol that the daemon speaks ([`seam`]), the door it comes in by ([`plane`]), and what is behind.
 
+pub mod engines;
+pub mod plane;
 pub mod routing;
 pub mod seam;
 pub mod xdp;

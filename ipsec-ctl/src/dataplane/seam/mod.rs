@@ -6,6 +6,7 @@
 mod command;
 mod event;
 mod ledger;
+mod request;
 mod stats;
 
 pub use command::{
@@ -14,4 +15,5 @@ pub use command::{
 };
 pub use event::{Event, Flow, LifetimeKind};
 pub use ledger::{Ledger, Offload, OffloadReason, Rejected};
+pub use request::{Reply, Request, SaFacts, Survey, TunnelFacts};
 pub use stats::{InterfaceStatus, PathCounters, SaStats, XdpMode};

@@ -12,6 +12,7 @@ use ipsec_common::{
     Reason,
     maps::{SA_SLOTS, VlanKey},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Mutex, Notify, mpsc},
     task::JoinHandle,
@@ -36,7 +37,7 @@ use crate::{
         routing::Routing,
         seam::{
             Command, Direction, Event, InterfaceStatus, Ledger, OffloadReason, Outer, Rejected,
-            SaSpec, SaStats, TunnelId, TunnelSpec,
+            SaFacts, SaSpec, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
     },
     net::{
@@ -56,7 +57,7 @@ const SETTLE: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_secs(1);
 
 /// What an engine is started with.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineConfig {
     /// Tells engines on one host apart.
     pub instance: String,
@@ -293,6 +294,37 @@ impl Engine {
             .collect();
         interfaces.sort_by(|one, other| one.name.cmp(&other.name));
         interfaces
+    }
+
+    /// All tunnels and SAs.
+    pub fn survey(&self) -> Survey {
+        let mut tunnels: Vec<_> = self.inner.slow.devices.all();
+        tunnels.sort_by_key(|device| device.tunnel.id);
+        let fast = self.inner.fast();
+        Survey {
+            tunnels: tunnels
+                .iter()
+                .map(|device| TunnelFacts {
+                    id: device.tunnel.id,
+                    device: device.tun.name().to_owned(),
+                    mtu: device.tunnel.mtu(),
+                })
+                .collect(),
+            sas: self
+                .inner
+                .tables
+                .cores()
+                .iter()
+                .map(|core| SaFacts {
+                    id: core.id,
+                    tunnel: core.tunnel,
+                    child: core.child,
+                    direction: core.direction,
+                    spi: core.spi,
+                    ledger: fast.ledger(core.id),
+                })
+                .collect(),
+        }
     }
 
     /// Stops the threads. Devices, routes and rules stay, so that nothing protected leaves in the clear.

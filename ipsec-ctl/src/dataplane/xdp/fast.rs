@@ -139,6 +139,14 @@ impl FastPaths {
         }
     }
 
+    /// What was decided about an SA last.
+    pub fn ledger(&self, id: SaId) -> Option<Ledger> {
+        self.sas.get(&id).map(|decided| Ledger {
+            sa: id,
+            offload: decided.offload,
+        })
+    }
+
     /// Takes in what interfaces and firewalls are like now, and returns what has become of SAs by that.
     pub fn refresh(&mut self, links: &[Link], foreign_netfilter: bool) -> Vec<Ledger> {
         let ours: Vec<u32> = self

@@ -242,16 +242,21 @@ impl Tables {
         })
     }
 
-    /// Counters of all SAs, in the order of their ids.
-    pub fn stats(&self) -> Vec<SaStats> {
-        let mut stats: Vec<_> = self
+    /// All SAs, in the order of their ids.
+    pub fn cores(&self) -> Vec<Arc<SaCore>> {
+        let mut cores: Vec<_> = self
             .registry()
             .sas
             .values()
-            .map(|sa| sa.core().stats())
+            .map(|sa| Arc::clone(sa.core()))
             .collect();
-        stats.sort_by_key(|stats| stats.sa);
-        stats
+        cores.sort_by_key(|core| core.id);
+        cores
+    }
+
+    /// Counters of all SAs, in the order of their ids.
+    pub fn stats(&self) -> Vec<SaStats> {
+        self.cores().iter().map(|core| core.stats()).collect()
     }
 
     /// Creates a tunnel over the device, or changes its settings; its SAs stay with the children that stay.

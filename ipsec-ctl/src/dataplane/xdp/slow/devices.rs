@@ -87,6 +87,11 @@ impl Devices {
         self.by_tunnel.load().get(&id).cloned()
     }
 
+    /// All devices.
+    pub fn all(&self) -> Vec<Arc<Device>> {
+        self.by_tunnel.load().values().cloned().collect()
+    }
+
     /// Hands an inner packet to the kernel, as received on the tunnel's device.
     ///
     /// # Errors
