@@ -49,6 +49,8 @@ const GROUPS: &[Group] = &[
             "--test",
             "fail_closed",
             "--test",
+            "plaintext",
+            "--test",
             "attacker",
             "--test",
             "fast_path",

@@ -28,7 +28,7 @@ enum Command {
     Run(run::Options),
     /// Block what the configuration protects, without a daemon; for a unit before the network comes up.
     Guard(run::GuardOptions),
-    /// Remove what a daemon or `guard` has left: devices, routes, rules. Nothing is protected afterwards.
+    /// Remove what a daemon or `guard` has left: devices, routes, rules, the plaintext guard. Nothing is protected afterwards.
     Release(run::GuardOptions),
     /// Validate a configuration file and the key files it names; nothing is changed.
     Check(check::Options),

@@ -235,7 +235,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "routes",
                 "`\"selectors\"`, `\"routed\"`, `\"manual\"`",
                 "`\"selectors\"`",
-                "Who installs routes: we, from the remote selectors; likewise, with plaintext refused by route instead of by selector; somebody else.",
+                "Who installs routes: we, from the remote selectors; likewise, with plaintext refused by route instead of by selector; somebody else, and no plaintext is refused.",
             ),
             key(
                 "address",
@@ -247,7 +247,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "bypass",
                 "list of prefixes",
                 "none",
-                "Prefixes that may go in the clear though a remote selector covers them.",
+                "Prefixes that may go and come in the clear though a remote selector covers them.",
             ),
         ],
     },

@@ -22,7 +22,11 @@ use crate::{
 pub fn guard(config: &Config) -> io::Result<String> {
     in_runtime(async {
         let netlink = Netlink::open()?;
-        let mut routing = Routing::new(netlink.clone(), config.mark);
+        let mut routing = Routing::new(
+            netlink.clone(),
+            config.mark,
+            [config.ports.ike, config.ports.nat_traversal],
+        );
         let mut prefixes = 0;
         for (number, tunnel) in (1..).zip(&config.tunnels) {
             let spec = convert::tunnel_spec(TunnelId(number), tunnel).routing;
@@ -33,12 +37,18 @@ pub fn guard(config: &Config) -> io::Result<String> {
                 .await
                 .map_err(io::Error::other)?
                 .map(|link| link.index);
-            routing.set(number, device, &spec);
+            routing.set(number, &tunnel.device, device, &spec);
         }
         routing.apply().await.map_err(io::Error::other)?;
+        routing.guard();
         Ok(format!(
-            "{prefixes} prefix(es) of {} tunnel(s) are blocked until the gateway runs\n",
-            config.tunnels.len()
+            "{prefixes} prefix(es) of {} tunnel(s) are blocked until the gateway runs{}\n",
+            config.tunnels.len(),
+            if routing.is_guarded() {
+                ""
+            } else {
+                "; plaintext from there is not: the kernel refuses the nf_tables table of the plaintext guard"
+            }
         ))
     })
 }
@@ -67,7 +77,7 @@ pub fn release(config: &Config) -> io::Result<String> {
         }
         preflight::restore(&super::originals(config))?;
         Ok(format!(
-            "the XDP program, {devices} device(s) and all routes and rules of ours are gone; nothing is protected any more\n"
+            "the XDP program, {devices} device(s), the plaintext guard and all routes and rules of ours are gone; nothing is protected any more\n"
         ))
     })
 }

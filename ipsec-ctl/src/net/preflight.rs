@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path};
 
-use super::sysctl;
+use super::{netfilter, sysctl};
 
 /// Something that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +48,27 @@ pub fn findings(v6: bool) -> Vec<Finding> {
         Path::new("/sys/fs/bpf"),
         "mount it: mount -t bpf bpf /sys/fs/bpf; without it there is no fast path",
     ));
+    findings.push(nf_tables());
     findings.push(kernel());
     findings
+}
+
+/// Needed by the plaintext guard.
+fn nf_tables() -> Finding {
+    let name = "nf_tables";
+    match netfilter::guard::is_supported() {
+        Ok(true) => Finding::new(name, "there", None),
+        Ok(false) => Finding::new(
+            name,
+            "missing",
+            Some(
+                "load the modules: modprobe -a nf_tables nft_fib_inet; without them plaintext that should have come \
+                 through a tunnel is not refused"
+                    .to_owned(),
+            ),
+        ),
+        Err(error) => unreadable(name, &error),
+    }
 }
 
 /// Settings that a gateway needs, and the value.

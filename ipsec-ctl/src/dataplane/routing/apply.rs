@@ -4,13 +4,18 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{
     RoutingSpec,
+    guard::{self, Guarded},
     plan::{self, Kernel, MAIN, Plan, Wants},
 };
-use crate::net::netlink::{Netlink, NetlinkError, Route, Rule, Target};
+use crate::net::{
+    netfilter::guard::{self as table, Guard},
+    netlink::{Netlink, NetlinkError, Route, Rule, Target},
+};
 
 /// A tunnel's wishes, and its device if there is one.
 #[derive(Clone, Debug)]
 struct Entry {
+    name: String,
     device: Option<u32>,
     spec: RoutingSpec,
 }
@@ -26,11 +31,17 @@ pub struct Routing {
     kernel: Option<Kernel>,
     /// Whether all tunnels are known, so that what none of them wants is a leftover.
     complete: bool,
+    /// UDP ports of IKE and of ESP in UDP.
+    ports: [u16; 2],
+    /// What must not arrive in the clear, as the kernel was last told.
+    guard: Option<Guard>,
+    /// Whether it was said that the kernel refuses the guard.
+    refused: bool,
 }
 
 impl Routing {
-    /// Takes over what is there; nothing is changed before [`Self::apply`].
-    pub fn new(netlink: Netlink, mark: u32) -> Self {
+    /// Takes over what is there; nothing is changed before [`Self::apply`]. `ports` are those of IKE and of ESP in UDP.
+    pub fn new(netlink: Netlink, mark: u32, ports: [u16; 2]) -> Self {
         Self {
             netlink,
             mark,
@@ -38,6 +49,9 @@ impl Routing {
             unreachable: Vec::new(),
             kernel: None,
             complete: false,
+            ports,
+            guard: None,
+            refused: false,
         }
     }
 
@@ -100,10 +114,14 @@ impl Routing {
         first
     }
 
-    /// Notes what a tunnel wants; `number` names it.
-    pub fn set(&mut self, number: u32, device: Option<u32>, spec: &RoutingSpec) {
-        let spec = spec.clone();
-        self.tunnels.insert(number, Entry { device, spec });
+    /// Notes what a tunnel wants; `number` names it, `name` and `device` its device, which may not be there yet.
+    pub fn set(&mut self, number: u32, name: &str, device: Option<u32>, spec: &RoutingSpec) {
+        let entry = Entry {
+            name: name.to_owned(),
+            device,
+            spec: spec.clone(),
+        };
+        self.tunnels.insert(number, entry);
     }
 
     /// Forgets a tunnel.
@@ -155,16 +173,84 @@ impl Routing {
         }
         self.kernel = Some(kernel);
         self.unreachable = plan.unreachable;
+        if self.complete {
+            self.guard();
+        }
         first
+    }
+
+    /// Lets the kernel drop plaintext that should have come through a tunnel, anew if somebody has removed that. Until
+    /// all tunnels are known a former life's guard stays as it is.
+    pub fn guard(&mut self) {
+        let tunnels: Vec<_> = self
+            .tunnels
+            .values()
+            .map(|entry| Guarded {
+                device: &entry.name,
+                spec: &entry.spec,
+            })
+            .collect();
+        let wanted = guard::guard(&tunnels, self.ports);
+        if self.guard.as_ref() == Some(&wanted) && self.stands() {
+            return;
+        }
+        let done = if wanted.is_empty() {
+            table::remove()
+        } else {
+            table::install(&wanted)
+        };
+        match done {
+            Ok(()) => {
+                if self.guard.as_ref() == Some(&wanted) {
+                    tracing::warn!("somebody had removed the plaintext guard");
+                }
+                self.guard = Some(wanted);
+                self.refused = false;
+            }
+            Err(error) => {
+                self.guard = None;
+                if !std::mem::replace(&mut self.refused, true) {
+                    tracing::warn!(
+                        %error,
+                        "no plaintext guard: the kernel does not take the nf_tables table ipsec-xdp, so plaintext from remote \
+                         selectors is not refused; load the modules nf_tables, nft_fib_inet"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Sees to it that the plaintext guard is still there. To be called now and then.
+    pub fn keep_guard(&mut self) {
+        if self.complete && !self.stands() {
+            self.guard();
+        }
+    }
+
+    /// Whether the kernel has the guard that it was told.
+    fn stands(&self) -> bool {
+        self.guard
+            .as_ref()
+            .is_some_and(|guard| guard.is_empty() || matches!(table::dropped(), Ok(Some(_))))
+    }
+
+    /// Whether the plaintext guard stands as far as it is wanted; false before the first [`Self::guard`].
+    pub fn is_guarded(&self) -> bool {
+        self.guard.is_some()
     }
 }
 
-/// Removes every route and rule of ours.
+/// Removes every route and rule of ours, and the plaintext guard.
 ///
 /// # Errors
 ///
 /// The first step that failed.
 pub async fn release(netlink: &Netlink) -> Result<(), NetlinkError> {
+    table::remove().map_err(|error| NetlinkError {
+        step: "remove the plaintext guard".to_owned(),
+        reason: error.to_string(),
+        errno: error.raw_os_error(),
+    })?;
     for rule in netlink.our_rules().await? {
         netlink.remove_rule(&rule).await?;
     }

@@ -1,9 +1,11 @@
 //! Routes, rules and backstops of the tunnels: what must never loop or leak.
 //!
 //! [`plan`] decides from plain values what the kernel should have; [`Routing`] compares that with what carries our
-//! origin there and changes the difference, backstops first. Everything stays when the process ends.
+//! origin there and changes the difference, backstops first. [`guard`] decides likewise which plaintext must not arrive.
+//! Everything stays when the process ends.
 
 mod apply;
+pub mod guard;
 pub mod plan;
 
 pub use apply::{Routing, release};
@@ -28,7 +30,7 @@ pub struct RoutingSpec {
     pub outer_local: Option<IpAddr>,
     /// Addresses put onto the device.
     pub addresses: Vec<IpNet>,
-    /// Prefixes that may go in the clear though a remote selector covers them.
+    /// Prefixes that may go and come in the clear though a remote selector covers them.
     pub bypass: Vec<IpNet>,
 }
 

@@ -170,7 +170,11 @@ impl Engine {
         let inner = Arc::new(Inner {
             control: Mutex::new(Control {
                 tunnels: HashMap::new(),
-                routing: Routing::new(netlink.clone(), config.mark),
+                routing: Routing::new(
+                    netlink.clone(),
+                    config.mark,
+                    [config.ike_port, config.nat_port],
+                ),
             }),
             config,
             tables,
@@ -208,7 +212,10 @@ impl Engine {
         match command {
             Command::SetTunnel(spec) => inner.set_tunnel(*spec).await.map(|()| None),
             Command::Configured => {
-                inner.control.lock().await.routing.complete();
+                let mut control = inner.control.lock().await;
+                control.routing.complete();
+                // At once: nothing may arrive past a tunnel that is there. The keeper sees to leftovers.
+                control.routing.guard();
                 inner.dirty.notify_one();
                 Ok(None)
             }
@@ -264,7 +271,16 @@ impl Engine {
             .iter()
             .map(|&reason| {
                 let slow = self.inner.slow.counters.get(reason);
-                (reason, slow + self.inner.fast().count(reason))
+                let guard = if reason == Reason::Cleartext {
+                    // A table that somebody has removed takes its count along.
+                    netfilter::guard::dropped()
+                        .ok()
+                        .flatten()
+                        .unwrap_or_default()
+                } else {
+                    0
+                };
+                (reason, slow + guard + self.inner.fast().count(reason))
             })
             .collect()
     }
@@ -387,7 +403,7 @@ impl Inner {
             .map_err(|error| kernel("watch the TUN device", &error))?;
         control
             .routing
-            .set(spec.id.0, Some(link.index), &spec.routing);
+            .set(spec.id.0, &spec.device, Some(link.index), &spec.routing);
         // At once: the first packet may come before the keeper does.
         control.routing.protect(spec.id.0).await.map_err(refused)?;
         // Whatever it was before, the device gets the MTU that is computed for it.
@@ -590,6 +606,8 @@ impl Inner {
     }
 
     async fn tick(&self) {
+        // A firewall that is loaded anew takes our table away with all others.
+        self.control.lock().await.routing.keep_guard();
         // Neither firewalls nor changed numbers of queues are notified by all kernels.
         self.refresh_fast_paths().await;
         let aged = self.slow.path_mtus.age(monotonic_seconds());

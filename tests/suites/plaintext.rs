@@ -1,0 +1,204 @@
+//! What should have come through a tunnel and comes in the clear is refused, whatever becomes of the daemon.
+
+use std::{
+    net::{IpAddr, UdpSocket},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use ipsec_tests::{
+    cases,
+    gateway::{Gateway, Tunnel},
+    netns::Netns,
+    pair::{PATIENCE, hosts_talk, start, start_default},
+    suite::{self, Need::*},
+    topology::{Family, Options, Side, Topology, attacker},
+};
+
+fn main() -> ExitCode {
+    suite::main(&cases![
+        [] plaintext_is_refused_before_and_after_the_daemon_was_killed_and_until_release,
+        [] the_guard_alone_refuses_plaintext,
+        [] a_bypassed_prefix_may_come_in_the_clear,
+        [] a_tunnel_added_or_removed_by_reload_is_guarded_or_not,
+        [] route_based_tunnels_refuse_what_they_would_answer_through_the_tunnel,
+        [Nftables] a_firewall_that_is_loaded_anew_takes_the_guard_away_for_a_moment_only,
+    ])
+}
+
+const V4: Family = Family::V4;
+const V6: Family = Family::V6;
+const PACKETS: u32 = 20;
+
+/// Packets out of [`PACKETS`] that somebody on the network between gets through in the clear, pretending to be `from`.
+fn injected(topology: &Topology, from: IpAddr, into: &Netns, to: IpAddr) -> anyhow::Result<u32> {
+    let receiver = into.run(|| Ok(UdpSocket::bind((to, 0))?))?;
+    receiver.set_read_timeout(Some(Duration::from_millis(400)))?;
+    let at = if from == attacker(V4) || from == attacker(V6) {
+        "wan"
+    } else {
+        "lo"
+    };
+    topology
+        .attacker
+        .ip(&format!("addr replace {from} dev {at}"))?;
+    let sender = topology.attacker.run(|| Ok(UdpSocket::bind((from, 0))?))?;
+    for _ in 0..PACKETS {
+        sender.send_to(b"in the clear", receiver.local_addr()?)?;
+    }
+    let mut arrived = 0;
+    while arrived < PACKETS && receiver.recv(&mut [0; 64]).is_ok() {
+        arrived += 1;
+    }
+    Ok(arrived)
+}
+
+/// All of them get through from an address to host A, or none.
+fn through(topology: &Topology, from: IpAddr, all: bool) -> anyhow::Result<()> {
+    let to = Side::A.host(if from.is_ipv4() { V4 } else { V6 });
+    let arrived = injected(topology, from, &topology.host_a, to)?;
+    let wanted = if all { PACKETS } else { 0 };
+    ensure!(
+        arrived == wanted,
+        "{arrived} of {PACKETS} from {from} got through"
+    );
+    Ok(())
+}
+
+fn within(patience: Duration, mut test: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let end = Instant::now() + patience;
+    loop {
+        match test() {
+            Err(_) if Instant::now() < end => {}
+            other => return other,
+        }
+    }
+}
+
+fn plaintext_is_refused_before_and_after_the_daemon_was_killed_and_until_release()
+-> anyhow::Result<()> {
+    for family in [V4, V6] {
+        let topology = Topology::build(Options::default())?;
+        let (from, to) = (Side::B.host(family), Side::A.inside(family));
+        through(&topology, from, true).context("without a gateway")?;
+        let (mut a, b) = start(
+            &topology,
+            Tunnel::between_sites(Side::A, family),
+            Tunnel::between_sites(Side::B, family).respond(),
+        )?;
+        through(&topology, from, false)?;
+        let arrived = injected(&topology, from, &topology.gateway_a, to)?;
+        ensure!(arrived == 0, "{arrived} reached the gateway itself");
+        ensure!(
+            a.counter("cleartext")? == u64::from(2 * PACKETS),
+            "{:?}",
+            a.counters()?
+        );
+        hosts_talk(&topology, family)?;
+        a.kill()?;
+        through(&topology, from, false).context("after kill -9")?;
+        a.run()?;
+        a.wait_up("site", PATIENCE)?;
+        through(&topology, from, false).context("after the restart")?;
+        ensure!(
+            a.counter("cleartext")? == u64::from(4 * PACKETS),
+            "{:?}",
+            a.counters()?
+        );
+        hosts_talk(&topology, family)?;
+        a.stop()?;
+        through(&topology, from, false).context("after the end")?;
+        a.release()?;
+        through(&topology, from, true).context("after release")?;
+        drop(b);
+    }
+    Ok(())
+}
+
+fn the_guard_alone_refuses_plaintext() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let a = Gateway::prepare(
+        &topology.gateway_a,
+        "",
+        &[Tunnel::between_sites(Side::A, V4)],
+    )?;
+    a.guard()?;
+    through(&topology, Side::B.host(V4), false)?;
+    through(&topology, Side::B.host(V6), true).context("nobody protects IPv6")?;
+    through(&topology, attacker(V4), true).context("nobody protects this")?;
+    a.release()?;
+    through(&topology, Side::B.host(V4), true)
+}
+
+fn a_bypassed_prefix_may_come_in_the_clear() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, _b) = start(
+        &topology,
+        Tunnel::between_sites(Side::A, V4).with("bypass = [\"10.2.0.128/25\"]"),
+        Tunnel::between_sites(Side::B, V4).respond(),
+    )?;
+    through(&topology, [10, 2, 0, 200].into(), true)?;
+    through(&topology, [10, 2, 0, 100].into(), false)?;
+    ensure!(a.counter("cleartext")? == u64::from(PACKETS));
+    Ok(())
+}
+
+fn a_tunnel_added_or_removed_by_reload_is_guarded_or_not() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, _b) = start_default(&topology)?;
+    let [v4, v6] = [V4, V6].map(|family| Tunnel::between_sites(Side::A, family));
+    a.configure(
+        "",
+        &[Tunnel {
+            name: "six".to_owned(),
+            ..v6
+        }],
+    )?;
+    a.reload()?;
+    let patience = Duration::from_secs(5);
+    within(patience, || through(&topology, Side::B.host(V4), true))?;
+    within(patience, || through(&topology, Side::B.host(V6), false))?;
+    a.configure("", &[v4])?;
+    a.reload()?;
+    within(patience, || through(&topology, Side::B.host(V4), false))?;
+    within(patience, || through(&topology, Side::B.host(V6), true))
+}
+
+fn route_based_tunnels_refuse_what_they_would_answer_through_the_tunnel() -> anyhow::Result<()> {
+    for any in [false, true] {
+        let tunnel = |side| {
+            let mut tunnel = Tunnel::between_sites(side, V4).with("routes = \"routed\"");
+            if any {
+                let child = &mut tunnel.children[0];
+                child.local = vec!["0.0.0.0/0".to_owned()];
+                child.remote = vec!["0.0.0.0/0".to_owned()];
+            }
+            tunnel
+        };
+        let topology = Topology::build(Options::default())?;
+        let (a, _b) = start(&topology, tunnel(Side::A), tunnel(Side::B).respond())?;
+        through(&topology, Side::B.host(V4), false)?;
+        // With 0.0.0.0/0 everything is answered through the tunnel, else only what comes from the other site.
+        through(&topology, attacker(V4), !any)?;
+        through(&topology, Side::B.host(V6), true)?;
+        ensure!(a.counter("cleartext")? >= u64::from(PACKETS));
+        hosts_talk(&topology, V4)?;
+    }
+    Ok(())
+}
+
+fn a_firewall_that_is_loaded_anew_takes_the_guard_away_for_a_moment_only() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, _b) = start_default(&topology)?;
+    topology.gateway_a.exec("nft flush ruleset")?;
+    within(Duration::from_secs(5), || {
+        through(&topology, Side::B.host(V4), false)
+    })?;
+    ensure!(
+        a.has_logged("somebody had removed the plaintext guard"),
+        "{}",
+        a.log(20)
+    );
+    Ok(())
+}
