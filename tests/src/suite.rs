@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::{command::find, netns};
@@ -15,6 +16,8 @@ pub enum Need {
     Nftables,
     /// strongSwan with its userspace ESP.
     StrongSwan,
+    /// A kernel with ESP, such as the guest's.
+    KernelEsp,
 }
 
 impl Need {
@@ -32,6 +35,15 @@ impl Need {
             }
             Self::Namespaces => absent(&["ip", "ethtool"], "iproute2 ethtool"),
             Self::Nftables => absent(&["nft"], "nftables"),
+            Self::KernelEsp => {
+                let xfrm = Xfrm::open().map_err(|error| error.to_string());
+                let esp = xfrm.and_then(|xfrm| probe::esp(&xfrm, EspSuite::Aes128Gcm16));
+                esp.err().map(|reason| {
+                    format!(
+                        "this kernel has no ESP ({reason}): `cargo xtask vm` has a guest that does"
+                    )
+                })
+            }
             Self::StrongSwan => absent(
                 &["charon-systemd", "swanctl"],
                 "charon-systemd strongswan-swanctl libcharon-extra-plugins libstrongswan-standard-plugins libstrongswan-extra-plugins",

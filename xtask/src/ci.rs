@@ -27,7 +27,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         bpf::lint()
     })?;
     timed("build", build_release)?;
-    timed("tests", || test::run(false))?;
+    timed("tests", || test::run(false, &[]))?;
     timed("demo", || demo::run(false, "plain"))
 }
 

@@ -36,6 +36,8 @@ enum Task {
         /// Also those that take minutes
         #[arg(long)]
         full: bool,
+        /// Only these groups: unit, simulation, namespaces, interop, guest
+        groups: Vec<String>,
     },
     /// Show two gateways and a tunnel with real traffic, and check what an eavesdropper sees
     Demo {
@@ -76,7 +78,7 @@ fn main() -> anyhow::Result<()> {
         Task::Clean { tools } => clean::run(tools),
         Task::Build { debug: true } => command::build_debug(),
         Task::Build { debug: false } => command::build_release(),
-        Task::Test { full } => test::run(full),
+        Task::Test { full, groups } => test::run(full, &groups),
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),
         Task::Bench => command::bench(),
         Task::Tidy => tidy::run(),

@@ -1,8 +1,9 @@
 //! `cargo xtask test`: runs all tests group by group, counts them over all crates, and tells what was skipped and why.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     process::Stdio,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -11,6 +12,7 @@ use anyhow::{Context, ensure};
 use crate::{
     command::{build_debug, prepare},
     setup,
+    vm::{self, Guest, Kernel},
 };
 
 /// A group of tests: its name, and how cargo is asked for it.
@@ -72,17 +74,78 @@ struct Count {
     reasons: Vec<String>,
 }
 
-pub(crate) fn run(full: bool) -> anyhow::Result<()> {
+/// Runs the groups of these names, or all.
+pub(crate) fn run(full: bool, only: &[String]) -> anyhow::Result<()> {
+    let known = GROUPS.iter().map(|group| group.name).chain([GUEST]);
+    for name in only {
+        ensure!(
+            known.clone().any(|known| known == name),
+            "there is no group {name} of tests"
+        );
+    }
+    let wanted = |name: &str| only.is_empty() || only.iter().any(|one| one == name);
     setup::run(setup::Purpose::Test, true)?;
     // Integration tests start the daemon as a program, which cargo does not build for them.
     build_debug()?;
     let mut results = Vec::new();
-    for group in GROUPS {
+    for group in GROUPS.iter().filter(|group| wanted(group.name)) {
         let start = Instant::now();
         let (count, good) = run_group(group, full)?;
         results.push((group.name, count, start.elapsed(), good));
     }
+    if wanted(GUEST) {
+        let start = Instant::now();
+        let (count, good) = run_in_guest(full)?;
+        results.push((GUEST, count, start.elapsed(), good));
+    }
     summarise(&results)
+}
+
+/// The group that runs in a guest.
+const GUEST: &str = "guest";
+/// Suites that need a kernel with ESP.
+const GUEST_SUITES: &[&str] = &["oracle"];
+
+/// Runs the suites that need a kernel with ESP in a guest, or tells why there is none.
+fn run_in_guest(full: bool) -> anyhow::Result<(Count, bool)> {
+    eprintln!("== guest tests ==");
+    let kernel = match Kernel::built().map_or_else(Kernel::packaged, Ok) {
+        Ok(kernel) => kernel,
+        Err(error) => {
+            let skipped = Count {
+                skipped: 1,
+                reasons: vec![format!("guest: there is no kernel for it: {error:#}")],
+                ..Count::default()
+            };
+            return Ok((skipped, true));
+        }
+    };
+    eprintln!("vm: {kernel}");
+    let mut guest = Guest {
+        kernel,
+        memory: 768,
+        limit: Duration::from_secs(600),
+        environment: Vec::new(),
+    };
+    if full {
+        let name = "IPSEC_TESTS_FULL".to_owned();
+        guest.environment.push((name, "1".to_owned()));
+    }
+    let (mut count, mut good) = (Count::default(), true);
+    for suite in GUEST_SUITES {
+        let program = vm::test_program("ipsec-tests", suite)?;
+        let (output, writer) = std::io::pipe().context("a pipe")?;
+        let status = thread::scope(|scope| {
+            let reader = scope.spawn(|| count.read(output));
+            let status = guest.run_to(&[program, "--test-threads=1".to_owned()], writer.into());
+            match reader.join() {
+                Ok(read) => read.and(status),
+                Err(cause) => std::panic::resume_unwind(cause),
+            }
+        })?;
+        good &= status == 0;
+    }
+    Ok((count, good))
 }
 
 /// Runs one group, its output passed on as it comes; tells whether cargo was content.
@@ -99,13 +162,8 @@ fn run_group(group: &Group, full: bool) -> anyhow::Result<(Count, bool)> {
         .spawn()
         .context("cargo test")?;
     let output = child.stdout.take().context("cargo test has no output")?;
-    let mut out = std::io::stdout().lock();
     let mut count = Count::default();
-    for line in BufReader::new(output).lines() {
-        let line = line.context("output of cargo test")?;
-        writeln!(out, "{line}")?;
-        count.add(&line);
-    }
+    count.read(output)?;
     let status = child.wait().context("cargo test")?;
     Ok((count, status.success()))
 }
@@ -147,6 +205,17 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
 }
 
 impl Count {
+    /// Passes output on as it comes, and counts.
+    fn read(&mut self, output: impl Read) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        for line in BufReader::new(output).lines() {
+            let line = line.context("output of the tests")?;
+            writeln!(out, "{line}")?;
+            self.add(&line);
+        }
+        Ok(())
+    }
+
     /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, or `test NAME ... ignored (REASON)`;
     /// others count nothing.
     fn add(&mut self, line: &str) {

@@ -1,6 +1,7 @@
 //! The data plane: the protocol that the daemon speaks ([`seam`]), the door it comes in by ([`plane`]), and what is behind.
 
 pub mod engines;
+pub mod kernel;
 pub mod plane;
 pub mod routing;
 pub mod seam;

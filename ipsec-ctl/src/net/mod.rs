@@ -11,6 +11,7 @@ pub mod socket;
 pub mod sysctl;
 pub mod tun;
 pub mod watch;
+pub mod xfrm;
 
 #[cfg(test)]
 mod tests;

@@ -67,6 +67,41 @@ const SHOW: &str = "uname -srm; ip xfrm state count; \
     ip link add probe type xfrm if_id 1 2>/dev/null && echo 'xfrm interfaces: yes' || echo 'xfrm interfaces: no'; \
     test -d /sys/bus/netdevsim && echo 'netdevsim: yes' || echo 'netdevsim: no'";
 
+/// Builds a test program here and gives its path, for the guest to run it.
+pub(crate) fn test_program(package: &str, name: &str) -> anyhow::Result<String> {
+    let arguments = [
+        "test",
+        "--package",
+        package,
+        "--test",
+        name,
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+    ];
+    let output = crate::command::prepare(&arguments)
+        .stderr(std::process::Stdio::inherit())
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "cargo {} failed",
+        arguments.join(" ")
+    );
+    executable(&String::from_utf8_lossy(&output.stdout), name)
+        .ok_or_else(|| anyhow::anyhow!("cargo did not tell where the test program {name} is"))
+}
+
+/// The path of a test program in cargo's messages, one JSON object a line.
+fn executable(messages: &str, name: &str) -> Option<String> {
+    let target = format!("\"name\":\"{name}\"");
+    messages
+        .lines()
+        .filter(|line| line.contains("\"kind\":[\"test\"]") && line.contains(&target))
+        .find_map(|line| {
+            let (_, rest) = line.split_once("\"executable\":\"")?;
+            Some(rest.split_once('"')?.0.to_owned())
+        })
+}
+
 /// Output of a program, or why there is none.
 fn output_of(command: &mut Command) -> anyhow::Result<String> {
     let output = command.output()?;
@@ -77,4 +112,24 @@ fn output_of(command: &mut Command) -> anyhow::Result<String> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_program_is_found_among_cargos_messages() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"oracle"},"executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"oracle"},"executable":"/t/oracle-1"}"#,
+            "\n",
+        );
+        assert_eq!(
+            executable(messages, "oracle").as_deref(),
+            Some("/t/oracle-1")
+        );
+        assert_eq!(executable(messages, "engine"), None);
+    }
 }

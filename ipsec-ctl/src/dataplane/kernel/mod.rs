@@ -1,0 +1,4 @@
+//! The kernel's own ESP (XFRM) as a data plane.
+
+pub mod algorithms;
+pub mod probe;

@@ -1,0 +1,259 @@
+//! A policy: what becomes of the packets that match a selector.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::IpNet;
+use netlink_packet_xfrm::{
+    Address, IPPROTO_ESP, Selector as WireSelector, UserPolicyId, UserPolicyInfo, UserTemplate,
+    XFRM_MODE_TUNNEL, XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK, XFRM_POLICY_FWD, XFRM_POLICY_IN,
+    XFRM_POLICY_OUT, XfrmAttrs, XfrmMessage,
+    policy::{DelGetMessage, ModifyMessage},
+};
+
+use super::state::ip;
+
+/// Which packets a policy is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PolicyDirection {
+    /// Those that come for this host.
+    In,
+    /// Those that leave.
+    Out,
+    /// Those that are forwarded.
+    Forward,
+}
+
+impl PolicyDirection {
+    fn number(self) -> u8 {
+        match self {
+            Self::In => XFRM_POLICY_IN,
+            Self::Out => XFRM_POLICY_OUT,
+            Self::Forward => XFRM_POLICY_FWD,
+        }
+    }
+
+    fn of(number: u8) -> Option<Self> {
+        [Self::In, Self::Out, Self::Forward]
+            .into_iter()
+            .find(|direction| direction.number() == number)
+    }
+}
+
+/// Ports that are the same under a mask; mask 0 is any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortMask {
+    /// Port in host byte order.
+    pub port: u16,
+    /// Which of its bits count.
+    pub mask: u16,
+}
+
+/// Packets as the kernel can tell them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Selector {
+    /// Sources.
+    pub source: IpNet,
+    /// Destinations, of the same family.
+    pub destination: IpNet,
+    /// IP protocol; 0 is any.
+    pub protocol: u8,
+    /// Source ports; for ICMP the type.
+    pub source_port: PortMask,
+    /// Destination ports; for ICMP the code.
+    pub destination_port: PortMask,
+}
+
+/// The SA that a packet must have come in, or is to leave in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Template {
+    /// Outer source; unspecified is any.
+    pub source: IpAddr,
+    /// Outer destination; unspecified is any.
+    pub destination: IpAddr,
+    /// SPI; 0 is any.
+    pub spi: u32,
+    /// What the state must have.
+    pub reqid: u32,
+}
+
+/// What becomes of the packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Action {
+    /// They are dropped.
+    Block,
+    /// They pass in this SA only.
+    Protect(Template),
+}
+
+/// A policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Policy {
+    /// Which packets are asked about.
+    pub direction: PolicyDirection,
+    /// Which of them match.
+    pub selector: Selector,
+    /// Lower numbers are asked first.
+    pub priority: u32,
+    /// Of the xfrm interface that it belongs to; 0 is none.
+    pub if_id: u32,
+    /// What becomes of them.
+    pub action: Action,
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Selector {
+            source,
+            destination,
+            ..
+        } = self.selector;
+        write!(f, "{:?} {source} to {destination}", self.direction)
+    }
+}
+
+impl Template {
+    /// A template for whatever outer addresses.
+    pub fn anywhere(v6: bool, reqid: u32) -> Self {
+        let any = if v6 {
+            Ipv6Addr::UNSPECIFIED.into()
+        } else {
+            Ipv4Addr::UNSPECIFIED.into()
+        };
+        Self {
+            source: any,
+            destination: any,
+            spi: 0,
+            reqid,
+        }
+    }
+
+    fn message(&self) -> UserTemplate {
+        let mut template = UserTemplate {
+            reqid: self.reqid,
+            mode: XFRM_MODE_TUNNEL,
+            ..UserTemplate::default()
+        };
+        template.source(&self.source);
+        template.destination(&self.destination);
+        template.spi(self.spi);
+        template.protocol(IPPROTO_ESP);
+        template
+    }
+
+    fn of(template: &UserTemplate) -> Option<Self> {
+        let ours = template.id.proto == IPPROTO_ESP && template.mode == XFRM_MODE_TUNNEL;
+        ours.then_some(())?;
+        Some(Self {
+            source: ip(template.family, &template.saddr)?,
+            destination: ip(template.family, &template.id.daddr)?,
+            spi: template.id.spi,
+            reqid: template.reqid,
+        })
+    }
+}
+
+impl Selector {
+    pub(super) fn message(&self) -> WireSelector {
+        let mut selector = WireSelector {
+            sport: self.source_port.port,
+            sport_mask: self.source_port.mask,
+            dport: self.destination_port.port,
+            dport_mask: self.destination_port.mask,
+            proto: self.protocol,
+            ..WireSelector::default()
+        };
+        selector.source_prefix(&self.source.network(), self.source.prefix_len());
+        selector.destination_prefix(&self.destination.network(), self.destination.prefix_len());
+        // The setters take an unspecified address for the whole family.
+        selector.prefixlen_s = self.source.prefix_len();
+        selector.prefixlen_d = self.destination.prefix_len();
+        selector
+    }
+
+    pub(super) fn of(selector: &WireSelector) -> Option<Self> {
+        let net =
+            |address: &Address, length| IpNet::new(ip(selector.family, address)?, length).ok();
+        Some(Self {
+            source: net(&selector.saddr, selector.prefixlen_s)?,
+            destination: net(&selector.daddr, selector.prefixlen_d)?,
+            protocol: selector.proto,
+            source_port: PortMask {
+                port: selector.sport,
+                mask: selector.sport_mask,
+            },
+            destination_port: PortMask {
+                port: selector.dport,
+                mask: selector.dport_mask,
+            },
+        })
+    }
+}
+
+impl Policy {
+    pub(super) fn message(&self) -> ModifyMessage {
+        let (action, template) = match &self.action {
+            Action::Block => (XFRM_POLICY_BLOCK, None),
+            Action::Protect(template) => (XFRM_POLICY_ALLOW, Some(template.message())),
+        };
+        let mut nlas: Vec<_> = template
+            .map(|template| XfrmAttrs::Template(vec![template]))
+            .into_iter()
+            .collect();
+        nlas.extend(self.interface());
+        ModifyMessage {
+            user_policy_info: UserPolicyInfo {
+                selector: self.selector.message(),
+                priority: self.priority,
+                direction: self.direction.number(),
+                action,
+                ..UserPolicyInfo::default()
+            },
+            nlas,
+        }
+    }
+
+    pub(super) fn id_message(&self) -> DelGetMessage {
+        DelGetMessage {
+            user_policy_id: UserPolicyId {
+                selector: self.selector.message(),
+                index: 0,
+                direction: self.direction.number(),
+            },
+            nlas: self.interface().into_iter().collect(),
+        }
+    }
+
+    fn interface(&self) -> Option<XfrmAttrs> {
+        (self.if_id != 0).then_some(XfrmAttrs::IfId(self.if_id))
+    }
+
+    /// A policy that the kernel tells of; none if it is one that we could not have set.
+    pub(super) fn of(message: &XfrmMessage) -> Option<Self> {
+        let XfrmMessage::AddPolicy(policy) = message else {
+            return None;
+        };
+        let info = &policy.user_policy_info;
+        let (mut if_id, mut templates) = (0, &[] as &[UserTemplate]);
+        for attribute in &policy.nlas {
+            match attribute {
+                XfrmAttrs::IfId(number) => if_id = *number,
+                XfrmAttrs::Template(list) => templates = list,
+                _ => {}
+            }
+        }
+        Some(Self {
+            direction: PolicyDirection::of(info.direction)?,
+            selector: Selector::of(&info.selector)?,
+            priority: info.priority,
+            if_id,
+            action: match (info.action, templates) {
+                (XFRM_POLICY_BLOCK, _) => Action::Block,
+                (XFRM_POLICY_ALLOW, [template]) => Action::Protect(Template::of(template)?),
+                _ => return None,
+            },
+        })
+    }
+}
