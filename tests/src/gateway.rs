@@ -134,6 +134,7 @@ pub struct Gateway<'a> {
     netns: &'a Netns,
     folder: TempDir,
     child: Option<Child>,
+    kept: bool,
 }
 
 /// The program under test: `IPSEC_CTL`, or what cargo built beside the tests.
@@ -189,6 +190,7 @@ impl<'a> Gateway<'a> {
             netns,
             folder,
             child: None,
+            kept: false,
         };
         gateway.configure(top, tunnels)?;
         Ok(gateway)
@@ -389,6 +391,30 @@ impl<'a> Gateway<'a> {
         Ok(())
     }
 
+    /// Process id of its data plane, which is a process of its own.
+    pub fn data_plane(&self) -> Option<u32> {
+        let socket = self.socket().with_extension("data-plane");
+        let socket = socket.to_str()?.as_bytes();
+        fs::read_dir("/proc").ok()?.find_map(|entry| {
+            let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let mut words = line.split(|byte| *byte == 0);
+            (words.any(|word| word == b"data-plane") && words.any(|word| word == socket))
+                .then_some(pid)
+        })
+    }
+
+    /// Kills the data plane as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// It was not running.
+    pub fn kill_data_plane(&self) -> anyhow::Result<()> {
+        let pid = self.data_plane().context("no data plane runs")?;
+        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+        Ok(())
+    }
+
     /// Ends the daemon with SIGTERM, as a service manager does.
     ///
     /// # Errors
@@ -458,6 +484,7 @@ impl<'a> Gateway<'a> {
     /// Leaves the daemon running and its files in place.
     pub fn keep(mut self) {
         self.child = None;
+        self.kept = true;
         self.folder.disable_cleanup(true);
     }
 
@@ -483,6 +510,10 @@ impl Drop for Gateway<'_> {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();
+        }
+        // A gateway that is kept has a folder that stays, and so has what carries its packets.
+        if !self.kept {
+            let _ = self.kill_data_plane();
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod check;
 mod counters;
+mod data_plane;
 mod remote;
 mod run;
 mod status;
@@ -26,6 +27,9 @@ pub struct Cli {
 enum Command {
     /// Run the gateway in the foreground until SIGTERM; SIGHUP reads the configuration again.
     Run(run::Options),
+    /// Carry packets for a daemon, and go on while there is none; `run` starts this process by itself.
+    #[command(hide = true)]
+    DataPlane(data_plane::Options),
     /// Block what the configuration protects, without a daemon; for a unit before the network comes up.
     Guard(run::GuardOptions),
     /// Remove what a daemon or `guard` has left: devices, routes, rules, the plaintext guard. Nothing is protected afterwards.
@@ -52,6 +56,7 @@ enum Command {
 pub fn run(cli: Cli) -> miette::Result<()> {
     match cli.command {
         Command::Run(options) => run::run(&options),
+        Command::DataPlane(options) => data_plane::run(&options),
         Command::Guard(options) => run::guard(&options),
         Command::Release(options) => run::release(&options),
         Command::Check(options) => check::run(&options),

@@ -30,6 +30,9 @@ pub(super) struct Options {
     /// What is logged, in the syntax of RUST_LOG: `info`, `debug`, `ipsec_ctl::ike=trace`.
     #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = "info")]
     log: String,
+    /// Carry packets in this very process, so that they stop when it does.
+    #[arg(long)]
+    one_process: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -42,7 +45,7 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
     let path = &options.config.file;
     let config = config::load(path)?;
     need_root()?;
-    daemon::run(path, config, &options.log).map_err(diagnosed)
+    daemon::run(path, config, &options.log, options.one_process).map_err(diagnosed)
 }
 
 pub(super) fn guard(options: &GuardOptions) -> miette::Result<()> {

@@ -200,7 +200,7 @@ impl Gateway {
     }
 
     /// The carrier of the device follows the tunnel; one that comes up on demand must take packets to know of any.
-    async fn set_carrier(&self, id: TunnelId) {
+    pub(super) async fn set_carrier(&self, id: TunnelId) {
         let Some(tunnel) = self.tunnels.get(id) else {
             return;
         };

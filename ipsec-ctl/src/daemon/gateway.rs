@@ -14,12 +14,17 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use super::{convert, jobs::Pool, tunnels::Tunnels};
+use super::{
+    convert,
+    jobs::Pool,
+    supervise::{PlaneError, Supervisor},
+    tunnels::Tunnels,
+};
 use crate::{
     api::{Request, server::ServerError},
     config::{Config, Peer, Role, SysctlSetting},
     dataplane::{
-        plane::{self, EngineConfig, Plane},
+        plane::Plane,
         seam::{self, IkeDatagram, TunnelId},
     },
     ike::{
@@ -52,7 +57,7 @@ pub enum StartError {
     Control(#[from] ServerError),
     /// The data plane cannot be started.
     #[error("the data plane cannot be started: {0}")]
-    Engine(#[from] plane::StartError),
+    Engine(#[from] PlaneError),
     /// A tunnel cannot be set up.
     #[error("tunnel {name} cannot be set up: {cause}")]
     Tunnel {
@@ -75,23 +80,19 @@ pub(super) struct Gateway {
     pub(super) failures: super::events::LogLimit,
     pool: Pool<Job>,
     results: mpsc::UnboundedReceiver<JobResult>,
-    events: mpsc::Receiver<seam::Event>,
+    pub(super) events: mpsc::Receiver<seam::Event>,
+    pub(super) supervisor: Supervisor,
 }
 
 impl Gateway {
     /// Starts the data plane and sets the tunnels up. Nothing is negotiated before [`Self::run`].
-    pub(super) async fn start(path: &Path, config: Config) -> Result<Self, StartError> {
+    pub(super) async fn start(
+        path: &Path,
+        config: Config,
+        supervisor: Supervisor,
+    ) -> Result<Self, StartError> {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
-        let (engine, events) = Plane::start(EngineConfig {
-            instance: config.instance.clone(),
-            mark: config.mark,
-            ike_port: config.ports.ike,
-            nat_port: config.ports.nat_traversal,
-            interfaces: config.interfaces.clone(),
-            workers: config.workers,
-            busy_poll: config.busy_poll,
-        })
-        .await?;
+        let (engine, events) = supervisor.attach(true).await?;
         let (pool, results) = Pool::start(Job::run).map_err(StartError::Runtime)?;
         let endpoint = Endpoint::new(
             EndpointConfig {
@@ -114,6 +115,7 @@ impl Gateway {
             pool,
             results,
             events,
+            supervisor,
             config,
         };
         for tunnel in gateway.config.tunnels.clone() {
@@ -165,7 +167,7 @@ impl Gateway {
             tokio::select! {
                 event = self.events.recv() => match event {
                     Some(event) => self.engine_event(event).await,
-                    None => return error!("the data plane has stopped"),
+                    None => self.revive().await,
                 },
                 Some(result) = self.results.recv() => {
                     let now = self.now();
@@ -204,8 +206,7 @@ impl Gateway {
                     remote: transmit.remote,
                     bytes: transmit.bytes,
                 };
-                // Retransmission mends what is lost here as it does what is lost on the way.
-                let _ = self.engine.command(seam::Command::SendIke(datagram)).await;
+                self.engine.send_ike(datagram).await;
             } else if let Some(job) = self.endpoint.poll_job() {
                 if !self.pool.submit(job) {
                     warn!("too many key exchanges at once; one was given up");
@@ -359,7 +360,10 @@ impl Gateway {
             }
             self.drain().await;
         }
-        self.engine.stop().await;
+        self.engine.detach().await;
+        if let Err(cause) = self.supervisor.end().await {
+            warn!(%cause, "the data plane does not end");
+        }
         let _ = std::fs::remove_file(&self.config.control_socket);
     }
 }

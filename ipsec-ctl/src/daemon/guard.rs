@@ -6,6 +6,7 @@ use super::convert;
 use crate::{
     config::Config,
     dataplane::{
+        link,
         routing::{self, Routing},
         seam::TunnelId,
         xdp::program,
@@ -60,6 +61,8 @@ pub fn guard(config: &Config) -> io::Result<String> {
 /// What the kernel refused.
 pub fn release(config: &Config) -> io::Result<String> {
     in_runtime(async {
+        // Before all else, for it would mend what is removed.
+        link::end(&super::supervise::socket(config)).await?;
         let netlink = Netlink::open()?;
         // First: without it packets take the kernel's way, which leads into the devices as long as they are there.
         program::release(&config.instance).map_err(io::Error::other)?;

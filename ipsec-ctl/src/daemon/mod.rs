@@ -12,6 +12,8 @@ mod jobs;
 mod log;
 mod reload;
 mod report;
+mod revive;
+mod supervise;
 mod tunnels;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use tokio::sync::mpsc;
 
 pub use gateway::StartError;
 pub use guard::{guard, release};
+pub use supervise::{DataPlaneError, PlaneError, data_plane};
 
 use crate::config::Config;
 
@@ -33,7 +36,7 @@ fn originals(config: &Config) -> PathBuf {
 /// # Errors
 ///
 /// [`StartError`], with nothing left running.
-pub fn run(path: &Path, config: Config, filter: &str) -> Result<(), StartError> {
+pub fn run(path: &Path, config: Config, filter: &str, one_process: bool) -> Result<(), StartError> {
     log::start(filter).map_err(StartError::Log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -43,7 +46,8 @@ pub fn run(path: &Path, config: Config, filter: &str) -> Result<(), StartError> 
     runtime.block_on(async {
         let (requests, inbox) = mpsc::channel(64);
         let listener = crate::api::server::open(&config.control_socket)?;
-        let gateway = gateway::Gateway::start(path, config).await?;
+        let supervisor = supervise::Supervisor::new(&config, filter, one_process);
+        let gateway = gateway::Gateway::start(path, config, supervisor).await?;
         tokio::spawn(crate::api::server::serve(listener, requests));
         gateway.run(inbox).await;
         Ok(())

@@ -6,8 +6,8 @@
 use tokio::sync::mpsc;
 
 use super::{
-    seam::{Command, Event, Ledger, Rejected, Reply, Request},
-    xdp::engine::{Engine, EngineConfig, StartError},
+    seam::{Command, EngineConfig, Event, Ledger, Rejected, Reply, Request},
+    xdp::engine::{Engine, StartError},
 };
 
 /// All engines.

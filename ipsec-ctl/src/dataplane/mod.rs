@@ -2,6 +2,7 @@
 
 pub mod engines;
 pub mod kernel;
+pub mod link;
 pub mod plane;
 pub mod routing;
 pub mod seam;

@@ -1,12 +1,18 @@
 //! The data plane as the daemon knows it, wherever its engines run.
 
+use std::path::Path;
+
 use ipsec_common::Reason;
 use tokio::sync::mpsc;
 
-pub use super::xdp::engine::{EngineConfig, StartError};
 use super::{
     engines::Engines,
-    seam::{Command, Event, InterfaceStatus, Ledger, Rejected, Reply, Request, SaStats, Survey},
+    link::{ConnectError, Remote},
+    seam::{
+        Command, EngineConfig, Event, IkeDatagram, InterfaceStatus, Ledger, Rejected, Reply,
+        Request, SaStats, Survey,
+    },
+    xdp::engine::StartError,
 };
 
 /// A data plane.
@@ -17,7 +23,9 @@ pub struct Plane {
 /// Where the engines are.
 enum Side {
     /// In this process.
-    Here(Engines),
+    Here(Box<Engines>),
+    /// In a process of their own.
+    There(Remote),
 }
 
 impl Plane {
@@ -28,8 +36,41 @@ impl Plane {
     /// [`StartError`].
     pub async fn start(config: EngineConfig) -> Result<(Self, mpsc::Receiver<Event>), StartError> {
         let (engines, events) = Engines::start(config).await?;
-        let side = Side::Here(engines);
+        let side = Side::Here(Box::new(engines));
         Ok((Self { side }, events))
+    }
+
+    /// Attaches to the engines of the process that listens on `path`. Events come out of the receiver, which ends when that
+    /// process does.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectError`].
+    pub async fn attach(
+        path: &Path,
+        config: &EngineConfig,
+    ) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
+        let (remote, events) = Remote::attach(path, config).await?;
+        let side = Side::There(remote);
+        Ok((Self { side }, events))
+    }
+
+    /// Id of the process that the engines run in, if it is another one than this.
+    pub fn process(&self) -> Option<u32> {
+        match &self.side {
+            Side::Here(_) => None,
+            Side::There(remote) => Some(remote.process()),
+        }
+    }
+
+    /// Sends an IKE datagram, after all commands before it were done. What is lost here is mended by retransmission, as is what is
+    /// lost on the way.
+    pub async fn send_ike(&self, datagram: IkeDatagram) {
+        let request = Request::Command(Command::SendIke(datagram));
+        match &self.side {
+            Side::Here(engines) => drop(engines.ask(request).await),
+            Side::There(remote) => remote.post(request).await,
+        }
     }
 
     /// Has a command done.
@@ -79,13 +120,16 @@ impl Plane {
     async fn ask(&self, request: Request) -> Option<Reply> {
         match &self.side {
             Side::Here(engines) => Some(engines.ask(request).await),
+            Side::There(remote) => remote.ask(request).await,
         }
     }
 
-    /// Stops the data plane. Devices, routes and rules stay, so that nothing protected leaves in the clear.
-    pub async fn stop(self) {
+    /// Stops engines of this process; those of another one go on. Devices, routes and rules stay, so that nothing protected
+    /// leaves in the clear.
+    pub async fn detach(self) {
         match self.side {
             Side::Here(engines) => engines.stop().await,
+            Side::There(_) => {}
         }
     }
 }

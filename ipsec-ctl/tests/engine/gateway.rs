@@ -12,10 +12,10 @@ use ipsec_ctl::{
     dataplane::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
-            ChildId, ChildTrap, Command, Df, Direction, Event, FastPath, Lifetime, Outer, SaId,
-            SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+            ChildId, ChildTrap, Command, Df, Direction, EngineConfig, Event, FastPath, Lifetime,
+            Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
         },
-        xdp::engine::{Engine, EngineConfig},
+        xdp::engine::Engine,
     },
     esp::{EspKeys, EspSuite, Integrity},
 };

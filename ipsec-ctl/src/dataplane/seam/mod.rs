@@ -4,6 +4,7 @@
 //! its own. SAs and tunnels are named by numbers that the daemon chooses. Keys are redacted from every rendering.
 
 mod command;
+mod config;
 mod event;
 mod ledger;
 mod request;
@@ -13,6 +14,7 @@ pub use command::{
     ChildId, ChildTrap, Command, Df, Direction, FastPath, IkeDatagram, Lifetime, Outer, SaId,
     SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
 };
+pub use config::EngineConfig;
 pub use event::{Event, Flow, LifetimeKind};
 pub use ledger::{Ledger, Offload, OffloadReason, Rejected};
 pub use request::{Reply, Request, SaFacts, Survey, TunnelFacts};

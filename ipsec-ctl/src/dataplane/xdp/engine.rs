@@ -12,7 +12,6 @@ use ipsec_common::{
     Reason,
     maps::{SA_SLOTS, VlanKey},
 };
-use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Mutex, Notify, mpsc},
     task::JoinHandle,
@@ -36,8 +35,8 @@ use crate::{
     dataplane::{
         routing::Routing,
         seam::{
-            Command, Direction, Event, InterfaceStatus, Ledger, OffloadReason, Outer, Rejected,
-            SaFacts, SaSpec, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
+            Command, Direction, EngineConfig, Event, InterfaceStatus, Ledger, OffloadReason, Outer,
+            Rejected, SaFacts, SaSpec, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
     },
     net::{
@@ -55,25 +54,6 @@ const EVENT_QUEUE: usize = 8192;
 const SETTLE: Duration = Duration::from_millis(50);
 /// How often ageing and doubts about path MTUs are looked at.
 const TICK: Duration = Duration::from_secs(1);
-
-/// What an engine is started with.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineConfig {
-    /// Tells engines on one host apart.
-    pub instance: String,
-    /// Firewall mark of all that the engine sends.
-    pub mark: u32,
-    /// UDP port of IKE, 500.
-    pub ike_port: u16,
-    /// UDP port of IKE and ESP behind NAT, 4500.
-    pub nat_port: u16,
-    /// Names of the interfaces that may carry the XDP program; all that can, if there are none.
-    pub interfaces: Option<Vec<String>>,
-    /// Number of AF_XDP workers, or as many as there are processors.
-    pub workers: Option<u16>,
-    /// Workers never sleep.
-    pub busy_poll: bool,
-}
 
 /// Why an engine did not start.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,6 @@ use ipsec_common::{Reason, maps::VlanKey};
 
 use super::{
     af_xdp::socket::CopyMode,
-    engine::EngineConfig,
     fleet::{Fleet, FleetConfig, FleetError, FleetLink},
     gateway::{Port, Shared},
     offload::{Facts, decide, has_partial_checksums, is_offloaded, unsuitable},
@@ -23,7 +22,8 @@ use super::{
 };
 use crate::{
     dataplane::seam::{
-        FastPath, InterfaceStatus, Ledger, Offload, OffloadReason, SaId, TunnelId, XdpMode,
+        EngineConfig, FastPath, InterfaceStatus, Ledger, Offload, OffloadReason, SaId, TunnelId,
+        XdpMode,
     },
     net::{netlink::Link, queues::receive_queues},
 };

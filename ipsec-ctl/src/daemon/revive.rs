@@ -1,0 +1,65 @@
+//! What the daemon does when the data plane's process has died: it starts another and puts in what was in the old one.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tracing::{error, info, warn};
+
+use super::{convert, gateway::Gateway};
+use crate::{
+    dataplane::seam::{self, TunnelId},
+    ike::event::{ChildSaId, Command},
+};
+
+/// Pause after an attempt that failed.
+const PAUSE: Duration = Duration::from_secs(1);
+
+impl Gateway {
+    /// Starts a data plane in place of one that has died. Devices, routes and backstops have outlived it, so that meanwhile
+    /// nothing leaves in the clear.
+    pub(super) async fn revive(&mut self) {
+        warn!("the data plane has died; another one is started");
+        match self.supervisor.attach(false).await {
+            Ok((engine, events)) => {
+                self.engine = engine;
+                self.events = events;
+                self.equip().await;
+                info!("the data plane runs again");
+            }
+            Err(cause) => {
+                error!(%cause, "the data plane cannot be started");
+                sleep(PAUSE).await;
+            }
+        }
+    }
+
+    /// Sets up in an empty data plane what the daemon knows.
+    async fn equip(&mut self) {
+        let tunnels: Vec<TunnelId> = self.tunnels.iter().map(|(id, _)| id).collect();
+        for &id in &tunnels {
+            let Some(tunnel) = self.tunnels.get(id) else {
+                continue;
+            };
+            let spec = convert::tunnel_spec(id, &tunnel.config);
+            let name = tunnel.config.name.clone();
+            let command = seam::Command::SetTunnel(Box::new(spec));
+            if let Err(cause) = self.engine.command(command).await {
+                warn!(tunnel = name, %cause, "the tunnel could not be set up again");
+            }
+        }
+        let lost: Vec<ChildSaId> = self
+            .tunnels
+            .iter()
+            .flat_map(|(_, tunnel)| tunnel.pairs.keys().copied())
+            .collect();
+        let now = self.now();
+        for sa in lost {
+            // Their sequence numbers are not known any more: they must not send again.
+            self.endpoint.handle_command(now, Command::Expired(sa));
+        }
+        for id in tunnels {
+            self.set_carrier(id).await;
+        }
+        let _ = self.engine.command(seam::Command::Configured).await;
+    }
+}
