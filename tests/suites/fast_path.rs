@@ -1,11 +1,20 @@
 //! What XDP and AF_XDP carry, what they leave to the slow path, and that traffic goes on when the network around changes.
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use ipsec_ctl::{
     api::model::Direction,
-    dataplane::seam::{Offload, OffloadReason},
+    dataplane::{
+        seam::{Offload, OffloadReason},
+        xdp::af_xdp::{
+            socket::{QueueId, open_all},
+            umem::Umem,
+        },
+    },
 };
 use ipsec_tests::{
     capture::Capture,
@@ -27,6 +36,7 @@ fn main() -> ExitCode {
         [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
         [] a_host_that_is_replaced_is_found_again,
+        [] an_interface_whose_queue_was_taken_is_tried_again,
         [] a_large_transfer_arrives_whole_in_every_combination_of_families,
     ])
 }
@@ -206,4 +216,33 @@ fn a_large_transfer_arrives_whole_in_every_combination_of_families() -> anyhow::
         }
     }
     Ok(())
+}
+
+/// A queue that another process has, and gives up without a word.
+fn an_interface_whose_queue_was_taken_is_tried_again() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let taken = topology.gateway_a.run(|| {
+        let ifindex = nix::net::if_::if_nametoindex("wan")?;
+        let umem = Umem::new(64)?;
+        let queues = [QueueId { ifindex, queue: 0 }];
+        Ok(open_all(&umem, &queues).map(|(sockets, _)| (umem, sockets)))
+    })?;
+    let taken = taken.map_err(|error| skipped(&format!("AF_XDP is not available: {error}")))?;
+    let (a, _b) = start_default(&topology)?;
+    let [_, outbound] = directions(&a)?;
+    if outbound.offload == Offload::Declined(OffloadReason::NoXdp) {
+        return Err(skipped("the XDP program cannot be loaded"));
+    }
+    ensure!(
+        outbound.offload == Offload::Partial(OffloadReason::NoAfXdp),
+        "{outbound:?}"
+    );
+    hosts_talk(&topology, V4)?;
+    drop(taken);
+    let end = Instant::now() + Duration::from_secs(20);
+    while directions(&a)?[1].offload != Offload::Full {
+        ensure!(Instant::now() < end, "{:?}\n{}", directions(&a)?, a.log(20));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    hosts_talk(&topology, V4)
 }

@@ -10,7 +10,8 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     link::{InfoData, InfoVlan, LinkAttribute, LinkInfo},
     neighbour::{
-        NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+        NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+        NeighbourState,
     },
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia},
 };
@@ -72,13 +73,15 @@ pub struct Egress {
     pub mtu: u32,
 }
 
-/// A neighbour whose MAC address the kernel knows.
+/// A neighbour that the kernel has an entry for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    /// Its MAC address.
-    pub mac: [u8; 6],
+    /// Its MAC address; none while it is unknown.
+    pub mac: Option<[u8; 6]>,
     /// An operator entered it for good: the kernel never asks whether it is still there.
     pub permanent: bool,
+    /// The kernel keeps asking whether it is still there, of itself.
+    pub managed: bool,
 }
 
 /// A neighbour that changed.
@@ -155,7 +158,7 @@ impl Netlink {
         }))
     }
 
-    /// A neighbour; none while the kernel does not know its MAC address.
+    /// A neighbour; none while the kernel has no entry for it.
     ///
     /// # Errors
     ///
@@ -169,12 +172,14 @@ impl Netlink {
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNeighbour(message));
         request.header.flags = NLM_F_REQUEST;
         match self.ask(request, "look a neighbour up").await {
-            Ok(Some(RouteNetlinkMessage::NewNeighbour(message))) => {
-                Ok(usable_mac(&message).map(|mac| Neighbour {
-                    mac,
-                    permanent: message.header.state == NeighbourState::Permanent,
-                }))
-            }
+            Ok(Some(RouteNetlinkMessage::NewNeighbour(message))) => Ok(Some(Neighbour {
+                mac: usable_mac(&message),
+                permanent: message.header.state == NeighbourState::Permanent,
+                managed: message.attributes.iter().any(|attribute| {
+                    matches!(attribute, NeighbourAttribute::ExtFlags(flags)
+                            if flags.contains(NeighbourExtFlags::Managed))
+                }),
+            })),
             Ok(_) => Ok(None),
             Err(error) if error.errno == Some(libc::ENOENT) => Ok(None),
             Err(error) => Err(error),
@@ -184,11 +189,22 @@ impl Netlink {
     /// Tells the kernel that a neighbour is in use, so that it finds out whether it is still there. Traffic that
     /// bypasses the kernel does not tell it. Not for permanent ones: the kernel would forget that they are.
     ///
+    /// With `managed` the kernel keeps finding out, until it is told without; before Linux 5.16 it has to be told again.
+    ///
     /// # Errors
     ///
     /// [`NetlinkError`].
-    pub async fn use_neighbour(&self, link: u32, address: IpAddr) -> Result<(), NetlinkError> {
-        let message = neighbour_message(link, address, NeighbourFlags::Use);
+    pub async fn use_neighbour(
+        &self,
+        link: u32,
+        address: IpAddr,
+        managed: bool,
+    ) -> Result<(), NetlinkError> {
+        let mut message = neighbour_message(link, address, NeighbourFlags::Use);
+        if managed {
+            let flags = NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed);
+            message.attributes.push(flags);
+        }
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewNeighbour(message));
         request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         self.ask(request, "use a neighbour").await.map(|_| ())

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use ipsec_common::{Reason, maps::VlanKey};
@@ -237,6 +238,37 @@ pub struct Carrier {
     interfaces: BTreeMap<u32, Interface>,
     /// What the workers of earlier fleets counted.
     past: HashMap<Reason, u64>,
+    retry: Retry,
+}
+
+/// When an interface is tried again whose program or sockets were refused: what stood in the way may have gone without a
+/// notification.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    due: Instant,
+    pause: Duration,
+}
+
+impl Retry {
+    const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+    /// Soon after an attempt, which failed at `now`.
+    fn soon(now: Instant) -> Self {
+        let pause = Duration::from_secs(1);
+        Self {
+            due: now + pause,
+            pause,
+        }
+    }
+
+    /// After one more attempt that failed.
+    fn later(self, now: Instant) -> Self {
+        let pause = (self.pause * 2).min(Self::LONGEST_PAUSE);
+        Self {
+            due: now + pause,
+            pause,
+        }
+    }
 }
 
 /// An interface that is up and no tunnel of ours.
@@ -286,6 +318,7 @@ impl Carrier {
             wanted: config.interfaces.clone(),
             interfaces: BTreeMap::new(),
             past: HashMap::new(),
+            retry: Retry::soon(Instant::now()),
         })
     }
 
@@ -298,7 +331,7 @@ impl Carrier {
                 old.is_some_and(|old| old.is_like(new))
             });
         if same {
-            return;
+            return self.retry(Instant::now());
         }
         self.end_fleet();
         for index in self.program.attached() {
@@ -317,6 +350,42 @@ impl Carrier {
             match self.program.attach(*index) {
                 Ok(mode) => interface.mode = Some(mode),
                 Err(reason) => interface.reason = Some(reason),
+            }
+        }
+        self.start_fleet();
+        self.retry = Retry::soon(Instant::now());
+    }
+
+    /// Tries interfaces again that failed, with growing pauses. The others are disturbed only if that will succeed.
+    fn retry(&mut self, now: Instant) {
+        let failed = |link: &Interface| link.unsuitable.is_none() && link.reason.is_some();
+        if now < self.retry.due || !self.interfaces.values().any(failed) {
+            return;
+        }
+        self.retry = self.retry.later(now);
+        let mut found = Vec::new();
+        for (index, link) in self.interfaces.iter_mut().filter(|(_, link)| failed(link)) {
+            if link.mode.is_none() {
+                match self.program.attach(*index) {
+                    Ok(mode) => link.mode = Some(mode),
+                    Err(reason) => {
+                        link.reason = Some(reason);
+                        continue;
+                    }
+                }
+                link.reason = Some(OffloadReason::NoAfXdp);
+            }
+            if Fleet::probe(fleet_link(*index, link)).is_ok() {
+                found.push(*index);
+            }
+        }
+        if found.is_empty() {
+            return;
+        }
+        self.end_fleet();
+        for index in found {
+            if let Some(link) = self.interfaces.get_mut(&index) {
+                link.reason = None;
             }
         }
         self.start_fleet();
@@ -355,13 +424,7 @@ impl Carrier {
                 .iter()
                 .filter(|(_, link)| link.reason.is_none());
             let links: Vec<FleetLink> = usable
-                .map(|(index, link)| FleetLink {
-                    port: Port {
-                        ifindex: *index,
-                        partial_checksums: link.partial_checksums,
-                    },
-                    queues: link.queues,
-                })
+                .map(|(index, link)| fleet_link(*index, link))
                 .collect();
             if links.is_empty() {
                 return;
@@ -452,6 +515,16 @@ impl Carrier {
                 reason: link.reason,
             })
             .collect()
+    }
+}
+
+fn fleet_link(index: u32, link: &Interface) -> FleetLink {
+    FleetLink {
+        port: Port {
+            ifindex: index,
+            partial_checksums: link.partial_checksums,
+        },
+        queues: link.queues,
     }
 }
 

@@ -130,6 +130,18 @@ impl Fleet {
         Ok(fleet)
     }
 
+    /// Whether every queue of an interface would take a socket. None is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`FleetError`].
+    pub fn probe(link: FleetLink) -> Result<(), FleetError> {
+        for share in shares(&[link], 1) {
+            Outfit::new(share)?;
+        }
+        Ok(())
+    }
+
     /// Packets that workers counted for this reason.
     pub fn count(&self, reason: Reason) -> u64 {
         self.counters

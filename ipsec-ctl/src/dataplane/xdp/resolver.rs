@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipsec_common::Reason;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::interval};
 
 use super::{
     next_hop::{Answer, Generation, Key, NextHop, Question, Reply},
@@ -77,6 +77,8 @@ struct Task {
 struct InUse {
     mac: Option<[u8; 6]>,
     asked: Instant,
+    /// The kernel keeps it because we said so.
+    ours: bool,
 }
 
 impl Task {
@@ -86,15 +88,17 @@ impl Task {
         mut changes: mpsc::Receiver<watch::Change>,
         mut neighbours: mpsc::Receiver<Option<NeighbourChange>>,
     ) {
+        let mut sweep = interval(IN_USE);
         loop {
             tokio::select! {
                 // Changes first: an answer must not be older than a change that was told before.
                 biased;
                 Some(_) = changes.recv() => self.generation.bump(),
                 Some(change) = neighbours.recv() => self.note(change),
+                _ = sweep.tick() => self.forget(IN_USE).await,
                 question = asked.recv() => match question {
                     Some(question) => self.answer(question).await,
-                    None => return,
+                    None => return self.forget(Duration::ZERO).await,
                 },
             }
         }
@@ -154,11 +158,12 @@ impl Task {
             return Ok(Err(Reason::SlowPolicy));
         };
         let found = self.netlink.neighbour(device, neighbour).await?;
-        if found.is_none_or(|found| !found.permanent) {
-            self.netlink.use_neighbour(device, neighbour).await?;
+        let kept = found.is_some_and(|found| found.permanent || found.managed);
+        if !kept {
+            self.netlink.use_neighbour(device, neighbour, true).await?;
         }
-        let mac = found.map(|found| found.mac);
-        self.remember(device, neighbour, mac);
+        let mac = found.and_then(|found| found.mac);
+        self.remember(device, neighbour, mac, !kept);
         Ok(mac.ok_or(Reason::SlowNextHop).map(|destination| NextHop {
             ifindex: egress.device,
             source: egress.mac,
@@ -168,16 +173,35 @@ impl Task {
         }))
     }
 
-    fn remember(&mut self, link: u32, address: IpAddr, mac: Option<[u8; 6]>) {
-        if self.in_use.len() >= MOST_NEIGHBOURS {
-            self.in_use.retain(|_, used| used.asked.elapsed() < IN_USE);
-        }
-        if self.in_use.len() < MOST_NEIGHBOURS || self.in_use.contains_key(&(link, address)) {
-            let asked = Instant::now();
-            self.in_use.insert((link, address), InUse { mac, asked });
+    fn remember(&mut self, link: u32, address: IpAddr, mac: Option<[u8; 6]>, told: bool) {
+        let known = self.in_use.get(&(link, address));
+        if self.in_use.len() < MOST_NEIGHBOURS || known.is_some() {
+            let used = InUse {
+                mac,
+                asked: Instant::now(),
+                ours: told || known.is_some_and(|known| known.ours),
+            };
+            self.in_use.insert((link, address), used);
         } else {
             // Too many to watch: then nobody's answers are kept for long.
             self.generation.bump();
+        }
+    }
+
+    /// Leaves neighbours that nobody has asked for in so long to the kernel.
+    async fn forget(&mut self, unused: Duration) {
+        let old = self
+            .in_use
+            .extract_if(|_, used| used.asked.elapsed() >= unused);
+        for ((link, address), used) in old.collect::<Vec<_>>() {
+            // The link may be gone, and an operator may have entered the neighbour for good since.
+            if used.ours
+                && let Ok(Some(found)) = self.netlink.neighbour(link, address).await
+                && found.managed
+                && !found.permanent
+            {
+                let _ = self.netlink.use_neighbour(link, address, false).await;
+            }
         }
     }
 

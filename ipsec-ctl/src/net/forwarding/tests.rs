@@ -105,18 +105,19 @@ fn a_neighbour_is_unknown_then_known_then_replaced() {
         let (wan, _) = topology(&netlink).await;
         let gateway = address("192.0.2.254");
         assert_eq!(netlink.neighbour(wan, gateway).await.unwrap(), None);
-        netlink.use_neighbour(wan, gateway).await.unwrap();
+        netlink.use_neighbour(wan, gateway, false).await.unwrap();
         let mut changes = watch_neighbours().unwrap();
         ip("neighbour replace 192.0.2.254 lladdr 02:00:00:00:00:fe dev wan0 nud reachable");
         assert_eq!(
             netlink.neighbour(wan, gateway).await.unwrap(),
             Some(Neighbour {
-                mac: [2, 0, 0, 0, 0, 0xfe],
-                permanent: false
+                mac: Some([2, 0, 0, 0, 0, 0xfe]),
+                permanent: false,
+                managed: false
             })
         );
         ip("neighbour replace 192.0.2.254 lladdr 02:00:00:00:00:aa dev wan0 nud reachable");
-        netlink.use_neighbour(wan, gateway).await.unwrap();
+        netlink.use_neighbour(wan, gateway, false).await.unwrap();
         let replaced = async {
             while let Some(change) = changes.recv().await {
                 let change = change.expect("none was lost");
@@ -129,6 +130,20 @@ fn a_neighbour_is_unknown_then_known_then_replaced() {
         tokio::time::timeout(Duration::from_secs(5), replaced)
             .await
             .expect("the change is told");
+    });
+}
+
+#[test]
+fn a_neighbour_is_kept_by_the_kernel_until_it_is_told_otherwise() {
+    in_namespace(async || {
+        let netlink = Netlink::open().unwrap();
+        let (wan, _) = topology(&netlink).await;
+        let gateway = address("192.0.2.254");
+        for managed in [true, true, false] {
+            netlink.use_neighbour(wan, gateway, managed).await.unwrap();
+            let neighbour = netlink.neighbour(wan, gateway).await.unwrap();
+            assert_eq!(neighbour.unwrap().managed, managed);
+        }
     });
 }
 
