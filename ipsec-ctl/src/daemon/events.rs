@@ -4,10 +4,14 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
-use super::{convert, gateway::Gateway, tunnels::SaPair};
+use super::{
+    convert,
+    gateway::Gateway,
+    tunnels::{SaPair, Sends},
+};
 use crate::{
     config::Role,
-    dataplane::seam::{self, Direction, LifetimeKind, TunnelId},
+    dataplane::seam::{self, Direction, LifetimeKind, SaId, TunnelId},
     ike::{
         config::{ChildName, PeerId},
         event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeUp},
@@ -81,6 +85,7 @@ impl Gateway {
             }
             Event::ChildUp(up) => self.child_up(*up).await,
             Event::Outbound(sa) => self.use_outbound(sa).await,
+            Event::OutboundDown(sa) => self.stop_sending(sa).await,
             Event::ChildDown {
                 peer,
                 child,
@@ -91,8 +96,8 @@ impl Gateway {
                 if let Some(pair) = self.tunnels.removed(tunnel_of(peer), sa) {
                     self.uninstall(&pair).await;
                     match reason {
-                        DownReason::Replaced => {
-                            debug!(tunnel, child = name, %reason, "child closed");
+                        DownReason::Replaced | DownReason::Rekeyed => {
+                            debug!(tunnel, child = name, %reason, spi_in = %pair.spi_in, "child closed");
                         }
                         _ => info!(tunnel, child = name, %reason, "child down"),
                     }
@@ -146,7 +151,8 @@ impl Gateway {
             spi_in = %up.spi_in,
             spi_out = %up.spi_out,
             udp = up.outer.encapsulated,
-            "child up"
+            "child {}",
+            if up.replaces.is_some() { "rekeyed" } else { "up" },
         );
         let pair = SaPair {
             child: up.child,
@@ -159,7 +165,7 @@ impl Gateway {
             remote: up.remote,
             outer: up.outer,
             since: self.now(),
-            waiting: Some(Box::new(theirs)),
+            sends: Sends::NotYet(Box::new(theirs)),
         };
         self.tunnels.installed(id, up.sa, pair);
         self.set_carrier(id).await;
@@ -181,8 +187,10 @@ impl Gateway {
     /// The peer can receive on a pair, whose outbound SA takes the traffic from here on.
     async fn use_outbound(&mut self, sa: ChildSaId) {
         let spec = self.tunnels.pair_mut(sa).and_then(|(id, pair)| {
-            let spec = pair.waiting.take()?;
-            Some((id, pair.child, *spec))
+            match std::mem::replace(&mut pair.sends, Sends::Now) {
+                Sends::NotYet(spec) => Some((id, pair.child, *spec)),
+                Sends::Now | Sends::NoMore => None,
+            }
         });
         if let Some((id, child, spec)) = spec {
             let peer = PeerId(id.0);
@@ -191,11 +199,24 @@ impl Gateway {
         }
     }
 
+    /// Another pair has taken the traffic of this one, whose inbound SA stays for what is still on its way.
+    async fn stop_sending(&mut self, sa: ChildSaId) {
+        let Some((_, pair)) = self.tunnels.pair_mut(sa) else {
+            return;
+        };
+        pair.sends = Sends::NoMore;
+        let outbound = pair.outbound;
+        self.remove(outbound).await;
+    }
+
     async fn uninstall(&self, pair: &SaPair) {
-        for sa in [pair.outbound, pair.inbound] {
-            if let Err(cause) = self.engine.command(seam::Command::Remove(sa)).await {
-                warn!(%cause, "an SA could not be removed");
-            }
+        self.remove(pair.outbound).await;
+        self.remove(pair.inbound).await;
+    }
+
+    async fn remove(&self, sa: SaId) {
+        if let Err(cause) = self.engine.command(seam::Command::Remove(sa)).await {
+            warn!(%cause, "an SA could not be removed");
         }
     }
 
@@ -204,7 +225,7 @@ impl Gateway {
         let Some(tunnel) = self.tunnels.get(id) else {
             return;
         };
-        let on = !tunnel.pairs.is_empty() || (tunnel.config.role == Role::OnDemand && !tunnel.down);
+        let on = tunnel.carries() || (tunnel.config.role == Role::OnDemand && !tunnel.down);
         let _ = self.engine.command(seam::Command::SetCarrier(id, on)).await;
     }
 
@@ -214,9 +235,10 @@ impl Gateway {
         };
         pair.outer = outer;
         let mut installed = vec![pair.inbound];
-        match &mut pair.waiting {
-            Some(spec) => spec.outer = convert::outer(&outer),
-            None => installed.push(pair.outbound),
+        match &mut pair.sends {
+            Sends::NotYet(spec) => spec.outer = convert::outer(&outer),
+            Sends::Now => installed.push(pair.outbound),
+            Sends::NoMore => {}
         }
         let tunnel = self.name_of(PeerId(id.0));
         info!(tunnel, peer = %outer.remote, "the peer has another address");

@@ -2,7 +2,11 @@
 
 use std::{fs, path::Path};
 
-use super::{convert, gateway::Gateway, tunnels::TunnelState};
+use super::{
+    convert,
+    gateway::Gateway,
+    tunnels::{SaPair, Sends, TunnelState},
+};
 use crate::{
     api::{
         Request,
@@ -150,7 +154,7 @@ impl Gateway {
         let connecting = self.endpoint.is_connecting(PeerId(id.0));
         let state = match (tunnel.down, ike, connecting) {
             (true, _, _) => State::Down,
-            (false, Some(_), _) if !tunnel.pairs.is_empty() => State::Up,
+            (false, Some(_), _) if tunnel.carries() => State::Up,
             (false, Some(_), _) | (false, None, true) => State::Connecting,
             (false, None, false) => State::Waiting,
         };
@@ -207,8 +211,13 @@ impl Gateway {
         let words = |selectors: &[ipsec_common::TrafficSelector]| {
             selectors.iter().map(ToString::to_string).collect()
         };
-        // The newest pair is the one that sends.
-        let pair = tunnel.pairs.values().rfind(|pair| pair.child == name);
+        // The newest pair that sends; one that only waits to is shown if there is no other.
+        let in_force = |pair: &&SaPair| pair.child == name && pair.is_in_force();
+        let pair = tunnel
+            .pairs
+            .values()
+            .rfind(|pair| in_force(pair) && matches!(pair.sends, Sends::Now))
+            .or_else(|| tunnel.pairs.values().rfind(in_force));
         let Some(pair) = pair else {
             return Child {
                 name: config.name.clone(),

@@ -41,6 +41,8 @@ pub(super) struct SaPair {
     pub(super) inbound: SaId,
     /// Id of the outbound SA in the data plane.
     pub(super) outbound: SaId,
+    /// What has become of the outbound SA.
+    pub(super) sends: Sends,
     /// Inbound SPI.
     pub(super) spi_in: Spi,
     /// Outbound SPI.
@@ -55,8 +57,34 @@ pub(super) struct SaPair {
     pub(super) outer: OuterAddresses,
     /// When it was installed.
     pub(super) since: Time,
-    /// The outbound SA while it must not be used yet.
-    pub(super) waiting: Option<Box<SaSpec>>,
+}
+
+/// What has become of the outbound SA of a pair.
+#[derive(Debug)]
+pub(super) enum Sends {
+    /// It must not be used yet.
+    NotYet(Box<SaSpec>),
+    /// It is installed.
+    Now,
+    /// Another pair has taken its traffic; the inbound SA is there for what is still on its way.
+    NoMore,
+}
+
+impl SaPair {
+    /// Whether it carries traffic, or is about to.
+    pub(super) fn is_in_force(&self) -> bool {
+        match self.sends {
+            Sends::NotYet(_) | Sends::Now => true,
+            Sends::NoMore => false,
+        }
+    }
+}
+
+impl TunnelState {
+    /// Whether a child is up.
+    pub(super) fn carries(&self) -> bool {
+        self.pairs.values().any(SaPair::is_in_force)
+    }
 }
 
 /// All tunnels.

@@ -74,7 +74,10 @@ pub enum Event {
     /// The outbound SA of a pair is to be installed and used: the peer can receive on it. Always after its
     /// [`Event::ChildUp`], mostly at once.
     Outbound(ChildSaId),
-    /// A pair of ESP SAs is to be removed.
+    /// The outbound SA of a pair is to be removed; another carries its traffic. The inbound SA stays for packets on
+    /// their way, until [`Event::ChildDown`].
+    OutboundDown(ChildSaId),
+    /// A pair of ESP SAs is to be removed, or what is left of it.
     ChildDown {
         /// The peer.
         peer: PeerId,
@@ -151,6 +154,8 @@ pub struct ChildUp {
     pub sa: ChildSaId,
     /// The IKE SA that it belongs to.
     pub ike: IkeSaId,
+    /// The pair of the same IKE SA that it takes the place of, if it is a rekeying.
+    pub replaces: Option<ChildSaId>,
     /// SPI of what the peer sends.
     pub spi_in: Spi,
     /// SPI of what we send.
@@ -187,6 +192,9 @@ pub enum DownReason {
     /// Another IKE SA with the same peer has taken its place.
     #[error("replaced by a newer IKE SA")]
     Replaced,
+    /// It was rekeyed.
+    #[error("rekeyed")]
+    Rekeyed,
     /// It has reached the end of its life.
     #[error("the end of its lifetime was reached")]
     Expired,

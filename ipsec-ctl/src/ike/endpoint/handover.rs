@@ -1,7 +1,13 @@
-//! When outbound traffic moves from one pair of SAs to the next: as soon as the peer provably receives on it.
+//! What becomes of a pair of SAs in the data plane: when outbound traffic moves to it, and when it is removed.
 //!
-//! Who asks for a child knows that the peer has installed it. Who answers does not know when the answer arrives, and
-//! must go on with the pair before it, if there is one.
+//! Who asks for a pair knows that the peer has installed it, and uses it as soon as the answer is there. Who answers does
+//! not know when the answer arrives, and goes on with the pair before it until the peer provably has the new one. A pair
+//! whose traffic another has taken still receives for a while after both sides have deleted it, for packets on their way
+//! may be overtaken by the Delete.
+//!
+//! Pairs that replace each other within one IKE SA are of one *line*. A child may have several lines at once, with
+//! different selectors, none of which can stand in for another. In another IKE SA a child starts new lines, which take the
+//! place of all the old ones.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -9,15 +15,67 @@ use serde::{Deserialize, Serialize};
 
 use crate::ike::{
     config::{ChildName, PeerId},
-    event::{ChildSaId, ChildUp, Event, IkeSaId},
+    event::{ChildSaId, ChildUp, DownReason, Event, IkeSaId},
     time::Time,
 };
 
 /// Time after which a peer that has sent nothing must have our answer: some repetitions of its request.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Time for which a deleted pair whose traffic another has taken still receives.
+const LINGER: Duration = Duration::from_secs(5);
+
 /// Time after which both sides send on the new pair, and what was sent on the old one before has arrived.
 pub(in crate::ike) const HANDOVER: Duration = Duration::from_secs(6);
+
+/// How a pair has come about, which tells when it may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ike) enum Origin {
+    /// We asked for it, and the answer is here.
+    Asked,
+    /// We answer, and do not know when the answer arrives.
+    Answered,
+    /// We asked for it, and of two that were made at once it is the one that must go.
+    Lost,
+}
+
+/// What a pair is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Use {
+    /// It receives, and sends once the peer provably has it; from then on at the latest, if there is such a time.
+    Waits(Option<Time>),
+    /// It sends and receives.
+    Both,
+    /// It receives, and sends only if nothing else of its line is left.
+    Redundant,
+    /// Its traffic has moved on; it receives until it is removed.
+    Closing,
+    /// Both sides have deleted it; it receives until then.
+    Lingers(Time, DownReason),
+}
+
+impl Use {
+    /// Whether another may count on it.
+    fn is_alive(self) -> bool {
+        match self {
+            Self::Waits(_) | Self::Both | Self::Redundant => true,
+            Self::Closing | Self::Lingers(..) => false,
+        }
+    }
+
+    /// Whether something will become of it that has not yet.
+    fn waits(self) -> bool {
+        matches!(self, Self::Waits(_) | Self::Lingers(..))
+    }
+
+    fn due(self) -> Option<Time> {
+        match self {
+            Self::Waits(at) => at,
+            Self::Lingers(at, _) => Some(at),
+            Self::Both | Self::Redundant | Self::Closing => None,
+        }
+    }
+}
 
 /// One installed pair.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -25,37 +83,61 @@ struct Pair {
     ike: IkeSaId,
     peer: PeerId,
     child: ChildName,
-    /// When it is used at the latest; none if it is used already.
-    waits_until: Option<Time>,
+    spi_in: u32,
+    /// The first pair of its line.
+    line: ChildSaId,
+    usage: Use,
+}
+
+impl Pair {
+    /// Whether one of both may carry what the other has carried.
+    fn stands_in_for(&self, other: &Self) -> bool {
+        self.line == other.line
+            || ((self.peer, self.child) == (other.peer, other.child) && self.ike != other.ike)
+    }
 }
 
 /// All installed pairs.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Handover {
     pairs: BTreeMap<ChildSaId, Pair>,
-    /// How many of them wait, so that the usual case costs nothing.
+    /// How many of them have something to wait for, so that the usual case costs nothing.
     waiting: usize,
 }
 
 impl Handover {
-    /// Notes a pair; tells whether it is to be used at once. `ours` tells whether we asked for it.
-    pub(super) fn installed(&mut self, now: Time, up: &ChildUp, ours: bool) -> bool {
-        // Several pairs of one child within one IKE SA have different selectors, so none can stand in for another.
-        let at_once = ours
-            || !self
-                .pairs
-                .values()
-                .any(|pair| (pair.peer, pair.child) == (up.peer, up.child) && pair.ike != up.ike);
-        let waits_until = (!at_once).then(|| now + PATIENCE);
-        self.waiting += usize::from(!at_once);
-        let pair = Pair {
+    /// Notes a pair of a line; tells whether it is to be used at once.
+    pub(super) fn installed(
+        &mut self,
+        now: Time,
+        up: &ChildUp,
+        line: ChildSaId,
+        origin: Origin,
+    ) -> bool {
+        let mut pair = Pair {
             ike: up.ike,
             peer: up.peer,
             child: up.child,
-            waits_until,
+            spi_in: up.spi_in.0,
+            line,
+            usage: Use::Both,
         };
+        let others = || {
+            let others = self.pairs.values();
+            others.filter(|other| other.usage.is_alive() && other.stands_in_for(&pair))
+        };
+        // Within its line the peer will delete the one before, which is proof enough, and goes on with it until then.
+        let is_rekeying = others().any(|other| other.line == line);
+        pair.usage = match origin {
+            Origin::Asked => Use::Both,
+            Origin::Answered | Origin::Lost if others().next().is_none() => Use::Both,
+            Origin::Answered if is_rekeying => Use::Waits(None),
+            Origin::Answered => Use::Waits(Some(now + PATIENCE)),
+            Origin::Lost => Use::Redundant,
+        };
+        self.waiting += usize::from(pair.usage.waits());
         self.pairs.insert(up.sa, pair);
-        at_once
+        pair.usage == Use::Both
     }
 
     /// The IKE SA that a pair belongs to.
@@ -63,28 +145,92 @@ impl Handover {
         self.pairs.get(&sa).map(|pair| pair.ike)
     }
 
+    /// Whether the peer has yet to prove that it has a pair.
+    pub(super) fn is_unproved(&self, sa: ChildSaId) -> bool {
+        self.pairs
+            .get(&sa)
+            .is_some_and(|pair| matches!(pair.usage, Use::Waits(_)))
+    }
+
+    /// Whether another pair of a line is there to carry the traffic of this one.
+    pub(super) fn has_successor(&self, sa: ChildSaId, line: ChildSaId) -> bool {
+        self.pairs
+            .iter()
+            .any(|(id, pair)| *id != sa && pair.line == line && pair.usage.is_alive())
+    }
+
+    fn set(&mut self, sa: ChildSaId, usage: Use) {
+        if let Some(pair) = self.pairs.get_mut(&sa) {
+            let before = std::mem::replace(&mut pair.usage, usage);
+            self.waiting += usize::from(usage.waits());
+            self.waiting -= usize::from(before.waits());
+        }
+    }
+
     /// The peer has proved that it has a pair.
     pub(super) fn proved(&mut self, sa: ChildSaId) -> Option<Event> {
-        if self.waiting == 0 {
+        if self.waiting == 0 || !matches!(self.pairs.get(&sa)?.usage, Use::Waits(_)) {
             return None;
         }
-        self.pairs.get_mut(&sa)?.waits_until.take()?;
-        self.waiting -= 1;
+        self.set(sa, Use::Both);
         Some(Event::Outbound(sa))
     }
 
-    /// Forgets a pair. What waits for the same child is used from now on.
-    pub(super) fn removed(&mut self, sa: ChildSaId) -> Vec<Event> {
-        let Some(gone) = self.pairs.remove(&sa) else {
-            return Vec::new();
-        };
-        self.waiting -= usize::from(gone.waits_until.is_some());
-        self.release(|pair, _| (pair.peer, pair.child) == (gone.peer, gone.child))
+    /// Of two pairs that were made at once, this is the one that must go.
+    pub(super) fn redundant(&mut self, sa: ChildSaId) {
+        self.set(sa, Use::Redundant);
     }
 
-    /// Those that have waited long enough.
-    pub(super) fn due(&mut self, now: Time) -> Vec<Event> {
-        self.release(|_, until| until <= now)
+    /// Its traffic has moved on, so it sends no more.
+    pub(super) fn closing(&mut self, sa: ChildSaId) -> Vec<Event> {
+        let Some(pair) = self.pairs.get(&sa).copied() else {
+            return Vec::new();
+        };
+        if !pair.usage.is_alive() {
+            return Vec::new();
+        }
+        self.set(sa, Use::Closing);
+        let mut events = self.take_over(&pair);
+        events.push(Event::OutboundDown(sa));
+        events
+    }
+
+    /// Both sides have deleted a pair, or it has ended for good. It lingers if another has taken its traffic.
+    pub(super) fn removed(&mut self, now: Time, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
+        let Some(pair) = self.pairs.get(&sa).copied() else {
+            return Vec::new();
+        };
+        if pair.usage != Use::Closing && !self.has_successor(sa, pair.line) {
+            return self.dropped(sa, reason);
+        }
+        let events = self.closing(sa);
+        self.set(sa, Use::Lingers(now + LINGER, reason));
+        events
+    }
+
+    /// A pair is removed at once, in one piece; what waits for that is used from now on.
+    pub(super) fn dropped(&mut self, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
+        let Some(pair) = self.pairs.get(&sa).copied() else {
+            return Vec::new();
+        };
+        self.set(sa, Use::Closing);
+        let mut events = self.take_over(&pair);
+        events.extend(self.forget(sa, reason));
+        events
+    }
+
+    /// What lingers of an IKE SA that has ended is removed with it.
+    pub(super) fn ended(&mut self, ike: IkeSaId) -> Vec<(u32, Event)> {
+        self.remove_lingering(|pair, _| pair.ike == ike)
+    }
+
+    /// What is to be used or removed now, with the SPIs of what is removed.
+    pub(super) fn due(&mut self, now: Time) -> (Vec<Event>, Vec<(u32, Event)>) {
+        if self.waiting == 0 {
+            return (Vec::new(), Vec::new());
+        }
+        let used = self.release(|_, until| until.is_some_and(|until| until <= now));
+        (used, self.remove_lingering(|_, until| until <= now))
     }
 
     pub(super) fn next(&self) -> Option<Time> {
@@ -93,23 +239,75 @@ impl Handover {
         }
         self.pairs
             .values()
-            .filter_map(|pair| pair.waits_until)
+            .filter_map(|pair| pair.usage.due())
             .min()
     }
 
-    fn release(&mut self, which: impl Fn(&Pair, Time) -> bool) -> Vec<Event> {
+    /// If nothing else sends in the place of a pair, what waits does so from now on, else what is redundant.
+    fn take_over(&mut self, gone: &Pair) -> Vec<Event> {
+        let other = |usage: Use| {
+            self.pairs
+                .iter()
+                .rev()
+                .find(|(_, pair)| pair.usage == usage && pair.stands_in_for(gone))
+                .map(|(id, _)| *id)
+        };
+        if other(Use::Both).is_some() {
+            return Vec::new();
+        }
+        let redundant = other(Use::Redundant);
+        let released = self.release(|pair, _| pair.stands_in_for(gone));
+        match redundant {
+            Some(left) if released.is_empty() => {
+                self.set(left, Use::Both);
+                vec![Event::Outbound(left)]
+            }
+            _ => released,
+        }
+    }
+
+    fn release(&mut self, which: impl Fn(&Pair, Option<Time>) -> bool) -> Vec<Event> {
         if self.waiting == 0 {
             return Vec::new();
         }
         let chosen: Vec<ChildSaId> = self
             .pairs
             .iter()
-            .filter(|(_, pair)| pair.waits_until.is_some_and(|until| which(pair, until)))
+            .filter(|(_, pair)| matches!(pair.usage, Use::Waits(until) if which(pair, until)))
             .map(|(sa, _)| *sa)
             .collect();
         chosen
             .into_iter()
             .filter_map(|sa| self.proved(sa))
             .collect()
+    }
+
+    fn remove_lingering(&mut self, which: impl Fn(&Pair, Time) -> bool) -> Vec<(u32, Event)> {
+        let chosen: Vec<(ChildSaId, DownReason)> = self
+            .pairs
+            .iter()
+            .filter_map(|(sa, pair)| match pair.usage {
+                Use::Lingers(until, reason) if which(pair, until) => Some((*sa, reason)),
+                _ => None,
+            })
+            .collect();
+        chosen
+            .into_iter()
+            .filter_map(|(sa, reason)| {
+                let spi = self.pairs.get(&sa)?.spi_in;
+                Some((spi, self.forget(sa, reason)?))
+            })
+            .collect()
+    }
+
+    fn forget(&mut self, sa: ChildSaId, reason: DownReason) -> Option<Event> {
+        let pair = self.pairs.remove(&sa)?;
+        self.waiting -= usize::from(pair.usage.waits());
+        Some(Event::ChildDown {
+            peer: pair.peer,
+            child: pair.child,
+            sa,
+            reason,
+        })
     }
 }

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-pub(super) use handover::HANDOVER;
+pub(super) use handover::{HANDOVER, Origin};
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 

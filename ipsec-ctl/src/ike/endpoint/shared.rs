@@ -8,9 +8,12 @@ use std::{
 
 use ring::digest;
 
-use super::{handover::Handover, peers::Peers};
+use super::{
+    handover::{Handover, Origin},
+    peers::Peers,
+};
 use crate::ike::{
-    config::{ChildName, EndpointConfig, PeerId},
+    config::{EndpointConfig, PeerId},
     event::{
         ChildSaId, ChildUp, DownReason, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp,
         Stage, Transmit,
@@ -32,6 +35,9 @@ const FIRST_SPI: u32 = 256;
 const FIRST_PAUSE: Duration = Duration::from_millis(800);
 /// Longest interval between two transmissions of a request.
 const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+
+/// Time before the end of an SA within which it should be possible to replace it on a bad network.
+const MARGIN: Duration = Duration::from_secs(30);
 
 /// Why a datagram was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,7 +107,7 @@ impl Shared {
     }
 
     /// A fraction of `span` between 0 and a quarter, so that a thousand tunnels do not act as one.
-    pub(super) fn jitter(&mut self, span: Duration) -> Duration {
+    pub(in crate::ike) fn jitter(&mut self, span: Duration) -> Duration {
         let quarter = span / 4;
         let steps = u32::try_from(self.random.number() % 1024).unwrap_or(0);
         quarter * steps / 1024
@@ -117,8 +123,10 @@ impl Shared {
 
     /// Time after which an SA should be replaced. The side that started it goes first, so that rarely both do.
     pub(in crate::ike) fn soft(&mut self, lifetime: Duration, first: bool) -> Duration {
-        let percent = if first { 85 } else { 93 };
-        lifetime * percent / 100 + self.jitter(lifetime / 5)
+        // Enough for requests that must be repeated, also where the lifetime is short.
+        let margin = (lifetime * 15 / 100).max(MARGIN.min(lifetime / 2));
+        let margin = if first { margin } else { margin / 2 };
+        lifetime - margin + self.jitter(margin)
     }
 
     pub(in crate::ike) fn next_job(&mut self) -> JobId {
@@ -163,8 +171,14 @@ impl Shared {
     }
 
     /// Hands a pair of SAs to the data plane.
-    pub(in crate::ike) fn install(&mut self, now: Time, up: ChildUp, ours: bool) {
-        let (sa, at_once) = (up.sa, self.handover.installed(now, &up, ours));
+    pub(in crate::ike) fn install(
+        &mut self,
+        now: Time,
+        up: ChildUp,
+        line: ChildSaId,
+        origin: Origin,
+    ) {
+        let (sa, at_once) = (up.sa, self.handover.installed(now, &up, line, origin));
         self.events.push_back(Event::ChildUp(Box::new(up)));
         if at_once {
             self.events.push_back(Event::Outbound(sa));
@@ -177,22 +191,60 @@ impl Shared {
         self.events.extend(event);
     }
 
+    /// Whether the peer has yet to prove that it has a pair.
+    pub(in crate::ike) fn is_unproved(&self, sa: ChildSaId) -> bool {
+        self.handover.is_unproved(sa)
+    }
+
+    /// Of two pairs that were made at once, this is the one that must go.
+    pub(in crate::ike) fn redundant(&mut self, sa: ChildSaId) {
+        self.handover.redundant(sa);
+    }
+
+    /// Whether another pair than `sa` carries the traffic of a line.
+    pub(in crate::ike) fn has_successor(&self, sa: ChildSaId, line: ChildSaId) -> bool {
+        self.handover.has_successor(sa, line)
+    }
+
+    /// A pair that another replaces sends no more, and receives until it is uninstalled.
+    pub(in crate::ike) fn stop_sending(&mut self, sa: ChildSaId) {
+        let events = self.handover.closing(sa);
+        self.events.extend(events);
+    }
+
     /// Takes a pair of SAs from the data plane, once another takes its traffic, if there is one.
     pub(in crate::ike) fn uninstall(
         &mut self,
-        peer: PeerId,
-        child: ChildName,
+        now: Time,
         sa: ChildSaId,
+        spi_in: u32,
         reason: DownReason,
     ) {
-        let events = self.handover.removed(sa);
+        let events = self.handover.removed(now, sa, reason);
+        if self.handover.owner(sa).is_none() {
+            self.spis.remove(&spi_in);
+        }
         self.events.extend(events);
-        self.events.push_back(Event::ChildDown {
-            peer,
-            child,
-            sa,
-            reason,
-        });
+    }
+
+    /// Takes a pair of SAs from the data plane at once, with all that its IKE SA had.
+    pub(in crate::ike) fn drop_pair(&mut self, sa: ChildSaId, spi_in: u32, reason: DownReason) {
+        let events = self.handover.dropped(sa, reason);
+        self.spis.remove(&spi_in);
+        self.events.extend(events);
+    }
+
+    /// Takes away what still receives of an IKE SA that has ended.
+    pub(in crate::ike) fn end_lingering(&mut self, ike: IkeSaId) {
+        let ended = self.handover.ended(ike);
+        self.take_away(ended);
+    }
+
+    fn take_away(&mut self, ended: Vec<(u32, Event)>) {
+        for (spi, event) in ended {
+            self.spis.remove(&spi);
+            self.events.push_back(event);
+        }
     }
 
     /// The IKE SA that a pair belongs to.
@@ -201,8 +253,9 @@ impl Shared {
     }
 
     pub(super) fn hand_over_what_is_due(&mut self, now: Time) {
-        let events = self.handover.due(now);
-        self.events.extend(events);
+        let (used, ended) = self.handover.due(now);
+        self.events.extend(used);
+        self.take_away(ended);
     }
 
     pub(super) fn next_handover(&self) -> Option<Time> {

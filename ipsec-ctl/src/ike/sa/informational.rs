@@ -36,17 +36,15 @@ impl IkeSa {
             self.respond(shared, now, kind, bytes, &[]);
             return self.deleted_by_peer(shared, now);
         }
-        let named: Vec<Spi> = request
+        let named: Vec<u32> = request
             .deletes
             .iter()
             .flat_map(|delete| match delete {
-                Delete::Esp(spis) => spis.clone(),
+                Delete::Esp(spis) => spis.iter().map(|spi| spi.0).collect(),
                 Delete::IkeSa | Delete::Other { .. } => Vec::new(),
             })
             .collect();
-        let ours = self.end_children(shared, DownReason::PeerDeleted, |child| {
-            named.contains(&Spi(child.spi_out))
-        });
+        let ours = self.deleted_by_name(shared, now, &named);
         let delete_ours = Payload::Delete(Delete::Esp(ours.iter().copied().map(Spi).collect()));
         // RFC 7296 section 1.4.1: the answer to a Delete names the other half of each pair.
         let payloads = if ours.is_empty() {
@@ -55,9 +53,6 @@ impl IkeSa {
             std::slice::from_ref(&delete_ours)
         };
         self.respond(shared, now, kind, bytes, payloads);
-        if !ours.is_empty() {
-            self.child_lost(shared, now);
-        }
     }
 
     fn deleted_by_peer(&mut self, shared: &mut Shared, now: Time) {

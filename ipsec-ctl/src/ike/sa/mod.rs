@@ -6,6 +6,7 @@
 mod child;
 mod informational;
 mod initiate;
+mod rekey;
 mod requests;
 mod respond;
 mod timers;
@@ -23,7 +24,7 @@ use super::{
         keys::{IkeKeys, Nonces},
     },
     endpoint::{HANDOVER, Shared},
-    event::{DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
+    event::{ChildSaId, DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
     job::{JobId, JobResult},
     message::IkeSpi,
     time::Time,
@@ -82,6 +83,8 @@ pub(super) enum Task {
     Child(ChildName),
     /// CREATE_CHILD_SA for one pair of selectors of a child, for a peer that takes no more at once.
     Pair(ChildName, usize, usize),
+    /// CREATE_CHILD_SA for another pair of SAs in the place of one.
+    RekeyChild(ChildSaId),
     /// A Delete for children, by our inbound SPIs.
     DeleteChildren(Vec<u32>),
     /// A Delete for this IKE SA; an error goes with it where the peer's proof was wrong.
@@ -110,7 +113,8 @@ pub(super) enum Exchange {
     Init,
     Auth(Option<PendingChild>),
     Child(PendingChild),
-    DeleteChildren,
+    /// A Delete for children, by our inbound SPIs.
+    DeleteChildren(Vec<u32>),
     DeleteIke,
     Liveness,
 }
@@ -122,7 +126,7 @@ impl Exchange {
             Self::Auth(Some(pending)) | Self::Child(pending) => Some(pending.spi_in),
             Self::Init
             | Self::Auth(None)
-            | Self::DeleteChildren
+            | Self::DeleteChildren(_)
             | Self::DeleteIke
             | Self::Liveness => None,
         }

@@ -152,6 +152,7 @@ impl IkeSa {
                 Some(Task::Pair(child, local, remote)) => {
                     self.ask_for_child(shared, now, child, Some((local, remote)));
                 }
+                Some(Task::RekeyChild(sa)) => self.rekey_child(shared, now, sa),
                 Some(Task::DeleteChildren(spis)) => self.delete_children(shared, now, &spis),
                 Some(Task::DeleteIke { refused }) => self.delete_ike(shared, now, refused),
                 Some(Task::Liveness) => self.request(
@@ -209,11 +210,12 @@ impl IkeSa {
             self.handle_response(shared, now, header, encrypted.first, &chain);
         } else {
             self.follow(shared, from);
-            // A further request proves that our last response has arrived, and what it agreed on is installed.
-            for child in &self.children {
-                shared.proved(child.id);
-            }
+            let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
             self.handle_request(shared, now, header, bytes, encrypted.first, &chain);
+            // A further request proves that our last response has arrived, and what it agreed on is installed.
+            for sa in known {
+                shared.proved(sa);
+            }
         }
         self.next_task(shared, now);
     }
@@ -379,7 +381,11 @@ impl IkeSa {
                 self.deleted(shared);
                 Ok(())
             }
-            Exchange::DeleteChildren | Exchange::Liveness => Ok(()),
+            Exchange::DeleteChildren(spis) => {
+                self.children_deleted(shared, now, &spis);
+                Ok(())
+            }
+            Exchange::Liveness => Ok(()),
             exchange @ (Exchange::Init | Exchange::Auth(_) | Exchange::Child(_)) => {
                 shared.release_pending(exchange.spi());
                 return self.break_off(shared, now);

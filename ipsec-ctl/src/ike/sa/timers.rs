@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Closed, Exchange, FollowUp, IkeSa, State, Task};
+use super::{ChildSa, Closed, Exchange, IkeSa, State, Task, rekey::Standing};
 use crate::ike::{
     endpoint::Shared,
-    event::{DownReason, FailureReason, Stage},
+    event::{ChildSaId, DownReason, FailureReason, Stage},
     time::Time,
 };
 
@@ -31,13 +31,10 @@ impl IkeSa {
             .as_ref()
             .map(|outstanding| outstanding.again_at);
         let replace = self.replace_at.filter(|_| !self.replacing);
-        let children = self.children.iter().map(|child| {
-            if self.replacing {
-                child.expire_at
-            } else {
-                child.replace_at.min(child.expire_at)
-            }
-        });
+        let children = self
+            .children
+            .iter()
+            .map(|child| child.life.due(self.replacing));
         [
             negotiation,
             again,
@@ -73,23 +70,48 @@ impl IkeSa {
         if self.retire_at.is_some_and(|at| at <= now) {
             return self.delete(shared, now, DownReason::Replaced);
         }
-        let expired =
-            self.end_children(shared, DownReason::Expired, |child| child.expire_at <= now);
-        if !expired.is_empty() {
-            self.push_task(shared, now, Task::DeleteChildren(expired));
-            self.child_lost(shared, now);
-        }
+        self.end_expired_children(shared, now);
         if self.children_at.is_some_and(|at| at <= now) {
             self.ask_for_missing(shared, now);
         }
-        let old = self.replace_at.is_some_and(|at| at <= now)
-            || self.children.iter().any(|child| child.replace_at <= now);
-        if let (true, false, Some(peer)) = (old, self.replacing, self.peer) {
-            self.replacing = true;
-            shared.follow_ups.push_back(FollowUp::Replace(peer));
+        if self.replace_at.is_some_and(|at| at <= now) {
+            self.ask_for_replacement(shared);
+        }
+        if !self.replacing {
+            self.rekey_due_children(shared, now);
         }
         if self.keep_alive_at(shared).is_some_and(|at| at <= now) {
             self.transmit(shared, now, KEEP_ALIVE.to_vec());
+        }
+    }
+
+    fn end_expired_children(&mut self, shared: &mut Shared, now: Time) {
+        let over = |child: &ChildSa| child.life.hard <= now;
+        let replaced = |child: &ChildSa| match child.standing {
+            Standing::InForce => false,
+            Standing::Rekeyed | Standing::Redundant | Standing::Closing => true,
+        };
+        let left = |child: &ChildSa| over(child) && replaced(child);
+        let mut ended = self.end_children(shared, now, DownReason::Rekeyed, left);
+        let expired = self.end_children(shared, now, DownReason::Expired, over);
+        if !expired.is_empty() {
+            self.child_lost(shared, now);
+        }
+        ended.extend(expired);
+        if !ended.is_empty() {
+            self.push_task(shared, now, Task::DeleteChildren(ended));
+        }
+    }
+
+    fn rekey_due_children(&mut self, shared: &mut Shared, now: Time) {
+        let due: Vec<ChildSaId> = self
+            .children
+            .iter()
+            .filter(|child| child.life.is_soft_over(now))
+            .map(|child| child.id)
+            .collect();
+        for sa in due {
+            self.wish_rekeyed(shared, now, sa);
         }
     }
 
@@ -99,7 +121,9 @@ impl IkeSa {
             self.replacing = false;
             self.replace_at = Some(now + again);
             for child in &mut self.children {
-                child.replace_at = now + again;
+                if child.standing == Standing::InForce {
+                    child.life.soft = Some(now + again);
+                }
             }
         }
     }

@@ -9,4 +9,5 @@ mod lossy;
 mod many;
 mod network;
 mod pair;
+mod rekey;
 mod upkeep;

@@ -1,7 +1,7 @@
 //! Two endpoints, the network between them, and a data plane that only keeps a list of what is installed.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -28,11 +28,15 @@ pub(super) struct Side {
     pub(super) endpoint: Endpoint,
     pub(super) address: IpAddr,
     pub(super) installed: BTreeMap<ChildSaId, ChildUp>,
+    /// Those of them that only receive, until they are removed.
+    pub(super) receive_only: BTreeSet<ChildSaId>,
     /// SPI of the outbound SA that carries a child's traffic.
     pub(super) used: BTreeMap<ChildName, Spi>,
     pub(super) failures: Vec<Failure>,
     pub(super) downs: Vec<DownReason>,
     pub(super) ike_ups: usize,
+    /// Nothing that it sends arrives.
+    pub(super) mute: bool,
     jobs: Vec<(Time, JobResult)>,
 }
 
@@ -108,10 +112,12 @@ impl Side {
             endpoint: Endpoint::new(config, Box::new(random)),
             address,
             installed: BTreeMap::new(),
+            receive_only: BTreeSet::new(),
             used: BTreeMap::new(),
             failures: Vec::new(),
             downs: Vec::new(),
             ike_ups: 0,
+            mute: false,
             jobs: Vec::new(),
         }
     }
@@ -134,8 +140,16 @@ impl Side {
                     let up = self.installed.get(&sa).expect("an installed SA");
                     self.used.insert(up.child, up.spi_out);
                 }
+                Event::OutboundDown(sa) => {
+                    let up = self.installed.get(&sa).expect("an installed SA");
+                    assert!(self.receive_only.insert(sa), "removed twice");
+                    let (child, spi) = (up.child, up.spi_out);
+                    self.sends_no_more(child, spi);
+                }
                 Event::ChildDown { sa, .. } => {
-                    assert!(self.installed.remove(&sa).is_some(), "removed twice");
+                    let up = self.installed.remove(&sa).expect("an installed SA");
+                    self.receive_only.remove(&sa);
+                    self.sends_no_more(up.child, up.spi_out);
                 }
                 Event::Moved(sa, outer) => {
                     self.installed.get_mut(&sa).expect("an installed SA").outer = outer;
@@ -144,12 +158,26 @@ impl Side {
             }
         }
         while let Some(transmit) = self.endpoint.poll_transmit() {
-            network.send(now, transmit);
+            if !self.mute {
+                network.send(now, transmit);
+            }
         }
         while let Some(job) = self.endpoint.poll_job() {
             let done = now + network.job_delay();
             self.jobs.push((done, job.run()));
         }
+    }
+
+    fn sends_no_more(&mut self, child: ChildName, spi: Spi) {
+        if self.used.get(&child) == Some(&spi) {
+            self.used.remove(&child);
+        }
+    }
+
+    /// The pairs that carry traffic, or are about to.
+    pub(super) fn in_force(&self) -> Vec<&ChildUp> {
+        let in_force = |up: &&ChildUp| !self.receive_only.contains(&up.sa);
+        self.installed.values().filter(in_force).collect()
     }
 
     pub(super) fn command(&mut self, now: Time, network: &mut Network, command: Command) {
@@ -282,22 +310,22 @@ impl Pair {
     /// Both sides have exactly these pairs of SAs, and the same keys for them.
     pub(super) fn assert_agreement(&self, children: usize) {
         assert_eq!(
-            self.a.installed.len(),
+            self.a.in_force().len(),
             children,
             "at A; failures {:?}",
             self.a.failures
         );
         assert_eq!(
-            self.b.installed.len(),
+            self.b.in_force().len(),
             children,
             "at B; failures {:?}",
             self.b.failures
         );
-        for ours in self.a.installed.values() {
+        for ours in self.a.in_force() {
             let theirs = self
                 .b
-                .installed
-                .values()
+                .in_force()
+                .into_iter()
                 .find(|theirs| theirs.spi_in == ours.spi_out)
                 .expect("the peer has the other half");
             assert_eq!(theirs.spi_out, ours.spi_in);

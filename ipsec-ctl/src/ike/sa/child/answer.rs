@@ -2,22 +2,22 @@
 
 use ipsec_common::TrafficSelector;
 
-use super::{Agreed, ChildAnswer, ChildJob, ChildSa, Waiting};
+use super::{Agreed, ChildAnswer, ChildJob, Waiting};
 use crate::ike::{
     config::ChildConfig,
     crypto::{ke::PrivateKey, keys::Nonces},
-    endpoint::Shared,
+    endpoint::{Origin, Shared},
     event::{FailureReason, Stage},
-    exchange::{ChildOffer, ChildRequest, Notifies},
+    exchange::{ChildOffer, ChildRequest},
     message::{
         ExchangeType, Payload,
-        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, TrafficSelectors},
+        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
     },
     negotiate::{
         proposals::{self, ChildChoice},
         selectors,
     },
-    sa::{IkeSa, initiate::NONCE_BYTES},
+    sa::{IkeSa, initiate::NONCE_BYTES, rekey::Replaced},
     time::Time,
 };
 
@@ -43,10 +43,19 @@ impl IkeSa {
         shared: &mut Shared,
         offer: &ChildOffer<'_>,
         first: bool,
+        replaces: Option<Replaced>,
     ) -> Result<Judged, ChildRefusal> {
-        let Some(peer) = self.peer_config(shared).cloned() else {
+        let Some(mut peer) = self.peer_config(shared).cloned() else {
             return Err((NotifyType::NO_ADDITIONAL_SAS, Vec::new()));
         };
+        // What replaces a pair is of the same child.
+        if let Some(old) = self
+            .children
+            .iter()
+            .find(|old| Some(old.id) == replaces.map(|(sa, _)| sa))
+        {
+            peer.children.retain(|child| child.id == old.child);
+        }
         let remote: Vec<_> = offer.ts_i.known().collect();
         let local: Vec<_> = offer.ts_r.known().collect();
         let Some(narrowed) = selectors::choose(&peer.children, &local, &remote) else {
@@ -110,13 +119,14 @@ impl IkeSa {
         now: Time,
         offer: &ChildOffer<'_>,
     ) -> ChildAnswer {
-        let judged = match self.judge_child(shared, offer, true) {
+        let judged = match self.judge_child(shared, offer, true, None) {
             Ok(judged) => judged,
             Err((kind, data)) => return ChildAnswer::Refused(kind, data),
         };
         let agreed = judged.agreed(shared, Vec::new());
         let keys = self.child_keys(&agreed.suite, None, None);
-        self.install(shared, now, judged.child.id, &agreed, keys, false);
+        let how = (Origin::Answered, None);
+        self.install(shared, now, judged.child.id, &agreed, keys, how);
         ChildAnswer::Agreed {
             agreed,
             number: judged.choice.number,
@@ -132,15 +142,11 @@ impl IkeSa {
         request: &ChildRequest<'_>,
     ) {
         let kind = ExchangeType::CREATE_CHILD_SA;
-        let (offer, nonce, ke) = match request {
-            // Rekeying is refused in the words that the RFC has for it; the SAs live on until they are replaced.
+        let (offer, nonce, ke, notifies) = match request {
+            // Rekeying is refused in the words that the RFC has for it; the IKE SA lives on until it is replaced.
             ChildRequest::RekeyIke => {
                 let notify = NotifyType::NO_ADDITIONAL_SAS;
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
-            }
-            ChildRequest::Child { notifies, .. } if notifies.has(NotifyType::REKEY_SA) => {
-                let answer = self.refuse_rekeying(notifies);
-                return self.respond(shared, now, kind, bytes, &[Payload::Notify(answer)]);
             }
             // An honest peer has one child for each pair of selectors at the most.
             ChildRequest::Child { .. } if self.children.len() >= MOST_CHILDREN => {
@@ -148,59 +154,60 @@ impl IkeSa {
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
             ChildRequest::Child {
-                offer, nonce, ke, ..
-            } => (offer, nonce, ke),
+                offer,
+                nonce,
+                ke,
+                notifies,
+            } => (offer, nonce, ke, notifies),
         };
-        let judged = match self.judge_child(shared, offer, false) {
+        let replaces = match self.rekeyed_by_peer(shared, notifies) {
+            Ok(replaces) => replaces,
+            Err(notify) => {
+                return self.respond(shared, now, kind, bytes, &[Payload::Notify(notify)]);
+            }
+        };
+        let judged = match self.judge_child(shared, offer, false, replaces) {
             Ok(judged) => judged,
             Err((notify, data)) => {
                 return self.respond_notify(shared, now, kind, bytes, notify, &data);
             }
         };
-        let nonce_r = shared.random_bytes(NONCE_BYTES);
-        let Some(group) = judged.choice.suite.group else {
-            let agreed = judged.agreed(shared, nonce_r);
-            let nonces = Nonces {
-                initiator: nonce.bytes(),
-                responder: &agreed.nonce,
-            };
-            let keys = self.child_keys(&agreed.suite, None, Some(nonces));
-            self.install(shared, now, judged.child.id, &agreed, keys, false);
-            return self.answer_child(shared, now, bytes, &agreed, judged.choice.number, &[]);
-        };
-        let Some(ke) = ke.as_ref().filter(|ke| ke.method.0 == group.id()) else {
+        let group = judged.choice.suite.group;
+        if let Some(group) = group
+            && ke.as_ref().is_none_or(|ke| ke.method.0 != group.id())
+        {
             let data = group.id().to_be_bytes();
             let notify = NotifyType::INVALID_KE_PAYLOAD;
             return self.respond_notify(shared, now, kind, bytes, notify, &data);
-        };
+        }
+        let nonce_r = shared.random_bytes(NONCE_BYTES);
         let agreed = judged.agreed(shared, nonce_r);
+        let nonces = Nonces {
+            initiator: nonce.bytes(),
+            responder: &agreed.nonce,
+        };
+        if let Some(replaced) = replaces {
+            self.note_rival(replaced, nonces);
+        }
+        let (child, number) = (judged.child.id, judged.choice.number);
+        let (Some(group), Some(ke)) = (group, ke) else {
+            let keys = self.child_keys(&agreed.suite, None, Some(nonces));
+            let how = (Origin::Answered, replaces);
+            let new = self.install(shared, now, child, &agreed, keys, how);
+            self.replaced_by_peer(now, replaces, new);
+            return self.answer_child(shared, now, bytes, &agreed, number, &[]);
+        };
         let what = ChildJob::Answer {
             request: bytes.to_vec(),
             agreed,
-            child: judged.child.id,
-            number: judged.choice.number,
+            child,
+            number,
             nonce_i: nonce.bytes().to_vec(),
+            replaces,
         };
         let private = PrivateKey::generate(group, &mut *shared.random);
         let job = self.queue_job(shared, private, Some(ke.public.to_vec()), true);
         self.answering = Some(Waiting { job, what });
-    }
-
-    /// The SA lives on until it is replaced; one that is not there is named.
-    // RFC 7296 section 2.25.1: a peer that rekeys a child that we have deleted is told so.
-    fn refuse_rekeying<'a>(&self, notifies: &Notifies<'a>) -> Notify<'a> {
-        let unknown = notifies.find(NotifyType::REKEY_SA).filter(|notify| {
-            let known = |child: &ChildSa| child.spi_out.to_be_bytes() == notify.spi;
-            !self.children.iter().any(known)
-        });
-        match unknown {
-            Some(unknown) => Notify {
-                kind: NotifyType::CHILD_SA_NOT_FOUND,
-                data: &[],
-                ..*unknown
-            },
-            None => Notify::new(NotifyType::NO_ADDITIONAL_SAS, &[]),
-        }
     }
 
     pub(super) fn answer_child(

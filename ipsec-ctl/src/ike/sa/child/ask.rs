@@ -1,6 +1,6 @@
 //! Children that we ask for, and what we make of the answer (RFC 7296 sections 1.3.1 and 2.9).
 
-use super::{Agreed, ChildJob, PendingChild, Waiting};
+use super::{Agreed, ChildJob, Part, PendingChild, Waiting};
 use crate::ike::{
     config::{ChildName, Role},
     crypto::{Group, ke::PrivateKey, keys::Nonces},
@@ -9,13 +9,13 @@ use crate::ike::{
     exchange::{ChildOffer, ChildResponse, Notifies},
     message::{
         ExchangeType, Payload,
-        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
+        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, Protocol, TrafficSelectors},
     },
     negotiate::{
         proposals::{self},
         selectors,
     },
-    sa::{Exchange, IkeSa, State, Task},
+    sa::{Exchange, IkeSa, State, Task, rekey::Replaces},
     time::Time,
 };
 
@@ -45,13 +45,10 @@ impl IkeSa {
         };
         let Some((local, remote)) = sides else { return };
         let mut pending = PendingChild::of(shared, &config, local, remote);
-        pending.pair = pair.is_some();
-        let group = pending
-            .proposals
-            .iter()
-            .flat_map(|proposal| &proposal.groups)
-            .copied()
-            .next();
+        if pair.is_some() {
+            pending.part = Part::Some;
+        }
+        let group = pending.first_group();
         self.begin_child(shared, now, pending, group);
     }
 
@@ -86,10 +83,20 @@ impl IkeSa {
         let Ok(nonce) = Nonce::new(&nonce) else {
             return;
         };
-        let mut payloads = vec![
+        let rekeyed = pending.replaces.as_ref().map(Replaces::spi_bytes);
+        let mut payloads = Vec::new();
+        // RFC 7296 section 1.3.3: it names the SA by the SPI that the sender of this message receives on.
+        if let Some(spi) = &rekeyed {
+            payloads.push(Payload::Notify(Notify {
+                protocol: Protocol::ESP,
+                spi,
+                ..Notify::new(NotifyType::REKEY_SA, &[])
+            }));
+        }
+        payloads.extend([
             Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, &spi, false)),
             Payload::Nonce(nonce),
-        ];
+        ]);
         if let Some(private) = &pending.private {
             payloads.push(Payload::KeyExchange(KeyExchange {
                 method: KeMethod(private.group().id()),
@@ -121,8 +128,7 @@ impl IkeSa {
         match self.check_answer(&pending, offer, true) {
             Ok(agreed) => {
                 let keys = self.child_keys(&agreed.suite, None, None);
-                self.install(shared, now, pending.child, &agreed, keys, true);
-                self.ask_for_pairs_left(&pending, &agreed);
+                self.child_agreed(shared, now, &pending, &agreed, keys);
             }
             Err(detail) => self.bad_answer(shared, now, &pending, detail),
         }
@@ -153,8 +159,7 @@ impl IkeSa {
                     responder: &agreed.nonce,
                 };
                 let keys = self.child_keys(&agreed.suite, None, Some(nonces));
-                self.install(shared, now, pending.child, &agreed, keys, true);
-                self.ask_for_pairs_left(&pending, &agreed);
+                self.child_agreed(shared, now, &pending, &agreed, keys);
             }
             (Some(group), Some(private), Some(ke))
                 if group == private.group() && ke.method.0 == group.id() =>
@@ -221,7 +226,7 @@ impl IkeSa {
         self.fail(shared, Stage::Child, FailureReason::BadMessage, detail);
         self.push_task(shared, now, Task::DeleteChildren(vec![pending.spi_in]));
         shared.release_pending(Some(pending.spi_in));
-        self.child_failed(shared, now);
+        self.child_not_had(shared, now, &pending.replaces);
     }
 
     /// Some peers take several selectors and answer with one pair of them: the others get children of their own.
@@ -231,7 +236,7 @@ impl IkeSa {
         pending: &PendingChild,
         agreed: &Agreed,
     ) {
-        if pending.pair {
+        if pending.part == Part::Some {
             return;
         }
         let child = pending.child;
@@ -243,6 +248,19 @@ impl IkeSa {
             left.into_iter()
                 .map(|(local, remote)| Task::Pair(child, local, remote)),
         );
+    }
+
+    /// A child did not come about. One that was to take the place of another leaves that one in force.
+    pub(in crate::ike::sa) fn child_not_had(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        replaces: &Option<Replaces>,
+    ) {
+        match replaces {
+            Some(replaces) => self.cannot_rekey(shared, now, replaces),
+            None => self.child_failed(shared, now),
+        }
     }
 
     /// A child did not come about: after a pause that grows it is tried again, and not before.
@@ -309,8 +327,13 @@ impl IkeSa {
             }
         }
         shared.release_pending(Some(pending.spi_in));
+        if let Some(replaces) = &pending.replaces
+            && self.rekey_refused(shared, now, replaces, error)
+        {
+            return;
+        }
         // RFC 7296 section 2.9: the peer takes one pair of selectors in each child, so each pair gets its own.
-        if error == Some(NotifyType::SINGLE_PAIR_REQUIRED) && !pending.pair {
+        if error == Some(NotifyType::SINGLE_PAIR_REQUIRED) && pending.part == Part::Whole {
             let pairs = (0..pending.local.len())
                 .flat_map(|local| (0..pending.remote.len()).map(move |remote| (local, remote)));
             let child = pending.child;
@@ -333,6 +356,6 @@ impl IkeSa {
             selectors::describe(&pending.remote)
         );
         self.fail(shared, Stage::Child, reason, detail);
-        self.child_failed(shared, now);
+        self.child_not_had(shared, now, &pending.replaces);
     }
 }

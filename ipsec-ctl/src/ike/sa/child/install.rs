@@ -9,14 +9,17 @@ use crate::ike::{
         ChildSuite,
         keys::{ChildKeys, Nonces},
     },
-    endpoint::Shared,
+    endpoint::{Origin, Shared},
     event::{ChildSaId, ChildUp, DownReason, FailureReason, Stage},
     job::JobResult,
     message::{
         ExchangeType, Payload,
         payload::{Delete, NotifyType},
     },
-    sa::{Exchange, FollowUp, IkeSa, State, Task},
+    sa::{
+        Exchange, IkeSa, State, Task,
+        rekey::{Lifetime, Replaced, Standing},
+    },
     time::Time,
 };
 
@@ -41,8 +44,7 @@ impl IkeSa {
                     responder: &agreed.nonce,
                 };
                 let keys = self.child_keys(&agreed.suite, Some(&secret), Some(nonces));
-                self.install(shared, now, pending.child, &agreed, keys, true);
-                self.ask_for_pairs_left(&pending, &agreed);
+                self.child_agreed(shared, now, &pending, &agreed, keys);
             }
             (
                 Some(ChildJob::Answer {
@@ -51,15 +53,18 @@ impl IkeSa {
                     child,
                     number,
                     nonce_i,
+                    replaces,
                 }),
                 Some(Ok(secret)),
-            ) => {
+            ) if self.still_replaceable(replaces) => {
                 let nonces = Nonces {
                     initiator: &nonce_i,
                     responder: &agreed.nonce,
                 };
                 let keys = self.child_keys(&agreed.suite, Some(&secret), Some(nonces));
-                self.install(shared, now, child, &agreed, keys, false);
+                let how = (Origin::Answered, replaces);
+                let new = self.install(shared, now, child, &agreed, keys, how);
+                self.replaced_by_peer(now, replaces, new);
                 self.answer_child(shared, now, &request, &agreed, number, &result.public);
             }
             (Some(ChildJob::Agree(pending, _)), _) => {
@@ -68,17 +73,27 @@ impl IkeSa {
                 self.tasks
                     .push_back(Task::DeleteChildren(vec![pending.spi_in]));
                 shared.release_pending(Some(pending.spi_in));
-                self.child_failed(shared, now);
+                self.child_not_had(shared, now, &pending.replaces);
             }
             (
                 Some(ChildJob::Answer {
-                    request, agreed, ..
+                    request,
+                    agreed,
+                    replaces,
+                    ..
                 }),
-                _,
+                secret,
             ) => {
                 let kind = ExchangeType::CREATE_CHILD_SA;
                 shared.release_pending(Some(agreed.spi_in));
-                self.respond_notify(shared, now, kind, &request, NotifyType::INVALID_SYNTAX, &[]);
+                self.forget_rival(now, replaces);
+                // What it was to replace is at its end by now, or its public value is not valid.
+                let notify = if matches!(secret, Some(Ok(_))) {
+                    NotifyType::TEMPORARY_FAILURE
+                } else {
+                    NotifyType::INVALID_SYNTAX
+                };
+                self.respond_notify(shared, now, kind, &request, notify, &[]);
             }
             (None, _) => {}
         }
@@ -97,7 +112,7 @@ impl IkeSa {
         Some(keys.child(ike.prf, secret, nonces, suite))
     }
 
-    /// Hands a pair of SAs to the data plane. `ours` tells whether the exchange was ours.
+    /// Hands a pair of SAs to the data plane, perhaps in the place of another; tells its name.
     pub(in crate::ike::sa) fn install(
         &mut self,
         shared: &mut Shared,
@@ -105,32 +120,38 @@ impl IkeSa {
         child: ChildName,
         agreed: &Agreed,
         keys: Option<ChildKeys>,
-        ours: bool,
-    ) {
-        let (Some(keys), Some(peer)) = (keys, self.peer) else {
-            return;
-        };
-        let (key_out, key_in) = if ours {
-            (keys.initiator, keys.responder)
-        } else {
-            (keys.responder, keys.initiator)
+        (origin, replaces): (Origin, Option<Replaced>),
+    ) -> Option<ChildSaId> {
+        let (keys, peer) = keys.zip(self.peer)?;
+        let (key_out, key_in) = match origin {
+            Origin::Asked | Origin::Lost => (keys.initiator, keys.responder),
+            Origin::Answered => (keys.responder, keys.initiator),
         };
         let lifetime = shared.child_lifetime(peer, child);
+        let id = shared.next_child();
         let sa = ChildSa {
-            id: shared.next_child(),
+            id,
             child,
+            line: replaces.map_or(id, |(_, line)| line),
             spi_in: agreed.spi_in,
             spi_out: agreed.spi_out,
+            group: agreed.suite.group,
+            local: agreed.local.clone(),
+            remote: agreed.remote.clone(),
             inbound: 0,
             outbound: 0,
-            replace_at: now + shared.soft(lifetime, self.initiator),
-            expire_at: now + lifetime,
+            life: Lifetime {
+                soft: Some(now + shared.soft(lifetime, self.initiator)),
+                hard: now + lifetime,
+            },
+            standing: Standing::InForce,
         };
         let up = ChildUp {
             peer,
             child,
-            sa: sa.id,
+            sa: id,
             ike: self.id,
+            replaces: replaces.map(|(old, _)| old),
             spi_in: Spi(agreed.spi_in),
             spi_out: Spi(agreed.spi_out),
             suite: agreed.suite,
@@ -140,47 +161,37 @@ impl IkeSa {
             remote: agreed.remote.clone(),
             outer: self.outer(shared),
         };
-        shared.install(now, up, ours);
+        shared.install(now, up, sa.line, origin);
         self.children.push(sa);
         self.children_since = Some(now);
         self.child_failures = 0;
+        Some(id)
     }
 
     /// Ends all children at once.
     pub(in crate::ike::sa) fn drop_children(&mut self, shared: &mut Shared, reason: DownReason) {
         for child in std::mem::take(&mut self.children) {
-            self.tell_child_down(shared, &child, reason);
+            shared.drop_pair(child.id, child.spi_in, reason);
         }
+        shared.end_lingering(self.id);
     }
 
-    /// Ends the children that `which` picks; returns our SPIs of them.
+    /// Ends the children that `which` picks; returns our SPIs of them. Those that others have replaced linger.
     pub(in crate::ike::sa) fn end_children(
         &mut self,
         shared: &mut Shared,
+        now: Time,
         reason: DownReason,
         which: impl Fn(&ChildSa) -> bool,
     ) -> Vec<u32> {
-        let (gone, kept) = std::mem::take(&mut self.children)
+        let (gone, kept): (Vec<ChildSa>, _) = std::mem::take(&mut self.children)
             .into_iter()
             .partition(|child| which(child));
         self.children = kept;
-        let gone: Vec<ChildSa> = gone;
         for child in &gone {
-            self.tell_child_down(shared, child, reason);
+            shared.uninstall(now, child.id, child.spi_in, reason);
         }
         gone.iter().map(|child| child.spi_in).collect()
-    }
-
-    pub(in crate::ike::sa) fn tell_child_down(
-        &self,
-        shared: &mut Shared,
-        child: &ChildSa,
-        reason: DownReason,
-    ) {
-        shared.release_pending(Some(child.spi_in));
-        if let Some(peer) = self.peer {
-            shared.uninstall(peer, child.child, child.id, reason);
-        }
     }
 
     pub(in crate::ike::sa) fn delete_children(
@@ -189,10 +200,12 @@ impl IkeSa {
         now: Time,
         spis: &[u32],
     ) {
-        let spis = spis.iter().copied().map(Spi).collect();
-        let payloads = [Payload::Delete(Delete::Esp(spis))];
+        let payloads = [Payload::Delete(Delete::Esp(
+            spis.iter().copied().map(Spi).collect(),
+        ))];
         let kind = ExchangeType::INFORMATIONAL;
-        self.request(shared, now, kind, &payloads, Exchange::DeleteChildren);
+        let exchange = Exchange::DeleteChildren(spis.to_vec());
+        self.request(shared, now, kind, &payloads, exchange);
     }
 
     /// What the data plane has carried tells whether the peer lives.
@@ -237,14 +250,13 @@ impl IkeSa {
         sa: ChildSaId,
         hard: bool,
     ) {
-        if hard {
-            let spis = self.end_children(shared, DownReason::Expired, |child| child.id == sa);
+        if !hard {
+            return self.wish_rekeyed(shared, now, sa);
+        }
+        let spis = self.end_children(shared, now, DownReason::Expired, |child| child.id == sa);
+        if !spis.is_empty() {
             self.push_task(shared, now, Task::DeleteChildren(spis));
             self.child_lost(shared, now);
-        }
-        if let (Some(peer), false) = (self.peer, self.replacing) {
-            self.replacing = true;
-            shared.follow_ups.push_back(FollowUp::Replace(peer));
         }
     }
 }

@@ -7,10 +7,13 @@ mod install;
 use ipsec_common::TrafficSelector;
 use serde::{Deserialize, Serialize};
 
-use super::initiate::NONCE_BYTES;
+use super::{
+    initiate::NONCE_BYTES,
+    rekey::{Lifetime, Replaces, Standing},
+};
 use crate::ike::{
     config::{ChildConfig, ChildName},
-    crypto::{ChildSuite, EspProposal, ke::PrivateKey},
+    crypto::{ChildSuite, EspProposal, Group, ke::PrivateKey},
     endpoint::Shared,
     event::ChildSaId,
     job::JobId,
@@ -19,7 +22,6 @@ use crate::ike::{
         payload::{Notify, NotifyType, TrafficSelectors},
     },
     negotiate::proposals::{self},
-    time::Time,
 };
 
 /// A pair of ESP SAs that is installed.
@@ -27,13 +29,19 @@ use crate::ike::{
 pub(in crate::ike) struct ChildSa {
     pub(in crate::ike) id: ChildSaId,
     pub(in crate::ike) child: ChildName,
+    /// The first of the pairs that have replaced each other.
+    pub(in crate::ike) line: ChildSaId,
     pub(in crate::ike) spi_in: u32,
     pub(in crate::ike) spi_out: u32,
+    /// The group of its own key exchange, if there was one.
+    pub(in crate::ike::sa) group: Option<Group>,
+    pub(in crate::ike::sa) local: Vec<TrafficSelector>,
+    pub(in crate::ike::sa) remote: Vec<TrafficSelector>,
     /// Packets seen by the data plane, to notice progress.
     pub(in crate::ike) inbound: u64,
     pub(in crate::ike) outbound: u64,
-    pub(in crate::ike) replace_at: Time,
-    pub(in crate::ike) expire_at: Time,
+    pub(in crate::ike::sa) life: Lifetime,
+    pub(in crate::ike::sa) standing: Standing,
 }
 
 /// A child that we have asked for.
@@ -44,12 +52,23 @@ pub(in crate::ike) struct PendingChild {
     pub(in crate::ike) local: Vec<TrafficSelector>,
     pub(in crate::ike) remote: Vec<TrafficSelector>,
     pub(in crate::ike) proposals: Vec<EspProposal>,
-    nonce: Vec<u8>,
+    pub(in crate::ike::sa) nonce: Vec<u8>,
     private: Option<PrivateKey>,
-    /// Whether it is one pair of the child's selectors.
-    pair: bool,
+    /// Which selectors of the configured child it is for.
+    pub(in crate::ike::sa) part: Part,
     /// Groups that the responder has asked for instead.
     detours: u32,
+    /// The pair that it is to take the place of.
+    pub(in crate::ike::sa) replaces: Option<Replaces>,
+}
+
+/// What a pair of SAs is for, as seen from the configured child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::ike::sa) enum Part {
+    /// All of its selectors; what the peer leaves out is asked for in further exchanges.
+    Whole,
+    /// Some of its selectors, and nothing more is asked for.
+    Some,
 }
 
 /// A child that waits for a key exchange of its own.
@@ -67,6 +86,8 @@ pub(in crate::ike) enum ChildJob {
         child: ChildName,
         number: u8,
         nonce_i: Vec<u8>,
+        /// The pair that the peer rekeys, and its line.
+        replaces: Option<(ChildSaId, ChildSaId)>,
     },
 }
 
@@ -80,13 +101,13 @@ pub(in crate::ike) struct Waiting {
 /// What was agreed on, but for the keys.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::ike) struct Agreed {
-    spi_in: u32,
+    pub(in crate::ike::sa) spi_in: u32,
     spi_out: u32,
     suite: ChildSuite,
     local: Vec<TrafficSelector>,
     remote: Vec<TrafficSelector>,
     /// The other side's nonce where we ask, ours where we answer.
-    nonce: Vec<u8>,
+    pub(in crate::ike::sa) nonce: Vec<u8>,
 }
 
 impl ChildJob {
@@ -133,9 +154,19 @@ impl PendingChild {
             proposals: config.proposals.clone(),
             nonce: shared.random_bytes(NONCE_BYTES),
             private: None,
-            pair: false,
+            part: Part::Whole,
             detours: 0,
+            replaces: None,
         }
+    }
+
+    /// The group that comes first in our proposals.
+    pub(in crate::ike::sa) fn first_group(&self) -> Option<Group> {
+        self.proposals
+            .iter()
+            .flat_map(|proposal| &proposal.groups)
+            .copied()
+            .next()
     }
 
     pub(in crate::ike::sa) fn spi_of(answer: Option<&ChildAnswer>) -> [u8; 4] {
