@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         [] a_tunnel_removed_by_reload_frees_its_prefixes_and_a_new_one_takes_them,
         [] a_device_that_was_set_down_is_repaired,
         [] what_is_not_protected_is_left_alone,
+        [] both_processes_keep_only_the_privileges_they_need,
     ])
 }
 
@@ -197,6 +198,42 @@ fn what_is_not_protected_is_left_alone() -> anyhow::Result<()> {
         Ping::to(Side::B.router(family))
             .run(&topology.gateway_a)?
             .all_answered()?;
+    }
+    Ok(())
+}
+
+fn both_processes_keep_only_the_privileges_they_need() -> anyhow::Result<()> {
+    /// NET_BIND_SERVICE, NET_ADMIN, NET_RAW, IPC_LOCK, PERFMON, BPF, by their numbers in linux/capability.h.
+    const CARRY: u64 = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 38 | 1 << 39;
+    const NEGOTIATE: u64 = 1 << 12;
+    let topology = Topology::build(Options::default())?;
+    let (a, _b) = start_default(&topology)?;
+    hosts_talk(&topology, V4)?;
+    let daemon = a.pid().context("the daemon runs")?;
+    let data_plane = a.data_plane().context("the data plane runs")?;
+    for (process, effective) in [(daemon, NEGOTIATE), (data_plane, CARRY)] {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task"))?;
+        for task in tasks {
+            // A thread may have ended since.
+            let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else {
+                continue;
+            };
+            let set = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.and_then(|value| u64::from_str_radix(value.trim(), 16).ok())
+                    .with_context(|| format!("no {name} in {status}"))
+            };
+            ensure!(set("CapEff:")? == effective, "{status}");
+            for (name, wanted) in [
+                ("CapPrm:", CARRY),
+                ("CapBnd:", CARRY),
+                ("CapInh:", 0),
+                ("CapAmb:", 0),
+            ] {
+                ensure!(set(name)? == wanted, "{name} {status}");
+            }
+            ensure!(set("NoNewPrivs:")? == 1, "{status}");
+        }
     }
     Ok(())
 }

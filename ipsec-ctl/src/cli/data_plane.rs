@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use miette::miette;
 
-use crate::daemon;
+use super::run::limit;
+use crate::{daemon, net::privileges::Role};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -17,6 +18,7 @@ pub(super) struct Options {
 }
 
 pub(super) fn run(options: &Options) -> miette::Result<()> {
+    limit(Role::DataPlane)?;
     daemon::data_plane(&options.socket, &options.log).map_err(|error| {
         miette!(
             help = "`ipsec-ctl run` starts it by itself; there is one for each gateway",

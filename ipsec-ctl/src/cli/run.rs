@@ -8,6 +8,7 @@ use super::print;
 use crate::{
     config,
     daemon::{self, StartError},
+    net::privileges::{self, Role},
 };
 
 /// Where the configuration is.
@@ -43,6 +44,14 @@ pub(super) struct GuardOptions {
 
 pub(super) fn run(options: &Options) -> miette::Result<()> {
     let path = &options.config.file;
+    // Before the configuration is read: what a later reload may not read must not be taken now.
+    if nix::unistd::geteuid().is_root() {
+        limit(if options.one_process {
+            Role::DataPlane
+        } else {
+            Role::Daemon
+        })?;
+    }
     let config = config::load(path)?;
     need_root()?;
     daemon::run(path, config, &options.log, options.one_process).map_err(diagnosed)
@@ -66,6 +75,16 @@ pub(super) fn release(options: &GuardOptions) -> miette::Result<()> {
         .into_diagnostic()
         .wrap_err("not everything could be removed")?;
     print(&lines)
+}
+
+/// Keeps only the privileges of a role. To be called before any thread is started.
+pub(super) fn limit(role: Role) -> miette::Result<()> {
+    privileges::limit(role).map_err(|error| {
+        miette!(
+            help = "a container has to leave CAP_SETPCAP to the gateway, or drop what it does not need itself",
+            "privileges cannot be given up: {error}"
+        )
+    })
 }
 
 fn need_root() -> miette::Result<()> {

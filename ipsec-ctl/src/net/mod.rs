@@ -6,6 +6,7 @@ pub mod forwarding;
 pub mod netfilter;
 pub mod netlink;
 pub mod preflight;
+pub mod privileges;
 pub mod queues;
 pub mod socket;
 pub mod sysctl;
