@@ -205,13 +205,17 @@ fn what_is_not_protected_is_left_alone() -> anyhow::Result<()> {
 fn both_processes_keep_only_the_privileges_they_need() -> anyhow::Result<()> {
     /// NET_BIND_SERVICE, NET_ADMIN, NET_RAW, IPC_LOCK, PERFMON, BPF, by their numbers in linux/capability.h.
     const CARRY: u64 = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 38 | 1 << 39;
-    const NEGOTIATE: u64 = 1 << 12;
+    /// DAC_READ_SEARCH, NET_ADMIN.
+    const NEGOTIATE: u64 = 1 << 2 | 1 << 12;
     let topology = Topology::build(Options::default())?;
     let (a, _b) = start_default(&topology)?;
     hosts_talk(&topology, V4)?;
     let daemon = a.pid().context("the daemon runs")?;
     let data_plane = a.data_plane().context("the data plane runs")?;
-    for (process, effective) in [(daemon, NEGOTIATE), (data_plane, CARRY)] {
+    for (process, effective, permitted) in [
+        (daemon, NEGOTIATE, CARRY | NEGOTIATE),
+        (data_plane, CARRY, CARRY),
+    ] {
         let tasks = std::fs::read_dir(format!("/proc/{process}/task"))?;
         for task in tasks {
             // A thread may have ended since.
@@ -225,8 +229,8 @@ fn both_processes_keep_only_the_privileges_they_need() -> anyhow::Result<()> {
             };
             ensure!(set("CapEff:")? == effective, "{status}");
             for (name, wanted) in [
-                ("CapPrm:", CARRY),
-                ("CapBnd:", CARRY),
+                ("CapPrm:", permitted),
+                ("CapBnd:", CARRY | NEGOTIATE),
                 ("CapInh:", 0),
                 ("CapAmb:", 0),
             ] {

@@ -47,7 +47,7 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
     // Before the configuration is read: what a later reload may not read must not be taken now.
     if nix::unistd::geteuid().is_root() {
         limit(if options.one_process {
-            Role::DataPlane
+            Role::Both
         } else {
             Role::Daemon
         })?;
@@ -81,7 +81,7 @@ pub(super) fn release(options: &GuardOptions) -> miette::Result<()> {
 pub(super) fn limit(role: Role) -> miette::Result<()> {
     privileges::limit(role).map_err(|error| {
         miette!(
-            help = "a container has to leave CAP_SETPCAP to the gateway, or drop what it does not need itself",
+            help = "see what the container or service manager that started this has forbidden",
             "privileges cannot be given up: {error}"
         )
     })

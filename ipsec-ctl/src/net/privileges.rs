@@ -12,6 +12,8 @@ pub enum Role {
     Daemon,
     /// Carries packets.
     DataPlane,
+    /// Does both in one process.
+    Both,
 }
 
 /// What it takes to carry packets, and so what may be handed on to the process that does.
@@ -29,8 +31,13 @@ const CARRY: [Capability; 6] = [
     Capability::CAP_IPC_LOCK,
 ];
 
-/// What it takes to negotiate: sysctls, and asking for routes by mark.
-const NEGOTIATE: [Capability; 1] = [Capability::CAP_NET_ADMIN];
+/// What it takes to negotiate.
+const NEGOTIATE: [Capability; 2] = [
+    // Sysctls, and asking for routes by mark.
+    Capability::CAP_NET_ADMIN,
+    // Configuration and keys that an operator has in his own folder.
+    Capability::CAP_DAC_READ_SEARCH,
+];
 
 /// Why privileges could not be given up.
 #[derive(Debug, thiserror::Error)]
@@ -58,14 +65,20 @@ pub fn limit(role: Role) -> Result<(), PrivilegeError> {
             .filter(|capability| had.contains(capability))
             .collect()
     };
-    let may = of(&CARRY);
-    let does = match role {
-        Role::Daemon => of(&NEGOTIATE),
-        Role::DataPlane => may.clone(),
+    let (carry, negotiate) = (of(&CARRY), of(&NEGOTIATE));
+    let both: CapsHashSet = carry.union(&negotiate).copied().collect();
+    let (may, does) = match role {
+        // Nobody can start a process that may do more.
+        Role::Daemon => (both, negotiate),
+        Role::DataPlane => (carry.clone(), carry),
+        Role::Both => (both.clone(), both),
     };
-    for capability in caps::read(None, CapSet::Bounding)? {
-        if !may.contains(&capability) {
-            caps::drop(None, CapSet::Bounding, capability)?;
+    // Who cannot do this has parents that did, or a container; without new privileges it bounds nothing further.
+    if had.contains(&Capability::CAP_SETPCAP) {
+        for capability in caps::read(None, CapSet::Bounding)? {
+            if !may.contains(&capability) {
+                caps::drop(None, CapSet::Bounding, capability)?;
+            }
         }
     }
     caps::clear(None, CapSet::Ambient)?;
@@ -89,14 +102,12 @@ mod tests {
                 return;
             }
             limit(Role::Daemon).unwrap();
-            let all = CARRY
-                .iter()
-                .copied()
-                .filter(|one| had.contains(one))
-                .collect();
+            let wanted: CapsHashSet = CARRY.into_iter().chain(NEGOTIATE).collect();
+            let all: CapsHashSet = wanted.intersection(&had).copied().collect();
             assert_eq!(caps::read(None, CapSet::Permitted).unwrap(), all);
             assert_eq!(caps::read(None, CapSet::Bounding).unwrap(), all);
-            assert_eq!(caps::read(None, CapSet::Effective).unwrap().len(), 1);
+            let does = caps::read(None, CapSet::Effective).unwrap();
+            assert!(does.iter().all(|one| NEGOTIATE.contains(one)), "{does:?}");
             assert!(nix::sys::prctl::get_no_new_privs().unwrap());
             caps::raise(None, CapSet::Permitted, Capability::CAP_SYS_ADMIN).unwrap_err();
         });
