@@ -58,6 +58,7 @@ fn peer() -> PeerConfig {
         role: Role::Initiate,
         proposals: vec!["aes256gcm16-prfsha256-x25519".parse().expect("a proposal")],
         nat: NatPolicy::Auto,
+        fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),

@@ -56,6 +56,8 @@ pub struct Connection {
     pub children: Vec<ChildConnection>,
     /// Seconds without traffic after which it asks whether the peer lives; 0 is never.
     pub dpd: u32,
+    /// It splits messages whose IP datagram would be longer than 576 bytes (RFC 7383).
+    pub fragments: bool,
 }
 
 /// A child of a connection.
@@ -89,6 +91,7 @@ impl Connection {
                 esp: esp.to_owned(),
             }],
             dpd: 0,
+            fragments: false,
         }
     }
 
@@ -109,13 +112,14 @@ impl Connection {
             .collect();
         format!(
             "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
-             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = no\n    dpd_delay = {}s\n    \
+             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = {}\n    dpd_delay = {}s\n    \
              local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
              children {{\n{children}    }}\n  }}\n}}\n\
              secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
             address(self.local),
             address(self.remote),
             self.ike,
+            if self.fragments { "yes" } else { "no" },
             self.dpd,
             self.local_id,
             self.remote_id,
@@ -309,6 +313,7 @@ fn settings(folder: &Path) -> String {
   load = {PLUGINS}
   load_modular = no
   threads = 16
+  fragment_size = 576
   retransmit_tries = 3
   retransmit_timeout = 1.0
   journal {{

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         [StrongSwan] we_narrow_to_our_selectors_as_responder,
         [StrongSwan] we_accept_its_narrower_selectors_as_initiator,
         [StrongSwan] two_children_carry_what_is_theirs,
+        [StrongSwan] long_messages_go_in_fragments_in_both_roles,
         [StrongSwan] everything_goes_into_a_tunnel,
         [StrongSwan] a_wrong_key_is_refused_in_both_roles,
         [StrongSwan] no_common_proposal_is_refused_in_both_roles,
@@ -154,6 +155,38 @@ fn we_accept_its_narrower_selectors_as_initiator() -> anyhow::Result<()> {
     let children = gateway.tunnel("site")?.children;
     ensure!(children[0].remote == ["10.2.0.0/28"], "{children:?}");
     hosts_talk(&topology, V4)
+}
+
+// RFC 7383: with a dozen ESP proposals IKE_AUTH is longer than 576 bytes.
+fn long_messages_go_in_fragments_in_both_roles() -> anyhow::Result<()> {
+    let ciphers = ["aes256", "aes192", "aes128"];
+    let proposals: Vec<String> = ciphers
+        .iter()
+        .flat_map(|cipher| ["sha512", "sha384", "sha256"].map(|hash| format!("{cipher}-{hash}")))
+        .chain(["aes256gcm16", "aes128gcm16", "chacha20poly1305"].map(str::to_owned))
+        .collect();
+    for we_initiate in [true, false] {
+        let topology = Topology::build(Options::default())?;
+        let side = if we_initiate { Side::A } else { Side::B };
+        let mut tunnel = ours(side, SUITE).with("fragment_size = 576");
+        tunnel.children[0].lines = vec![format!("esp = {proposals:?}")];
+        let mut connection = theirs(side.other(), SUITE);
+        connection.fragments = true;
+        connection.children[0].esp = proposals.join(",");
+        let (_gateway, swan) = if we_initiate {
+            we_start(&topology, tunnel, &connection)?
+        } else {
+            they_start(&topology, tunnel.respond(), &connection)?
+        };
+        let says = if we_initiate {
+            "received fragment #2 of 2"
+        } else {
+            "into 2 fragments"
+        };
+        ensure!(swan.has_logged(says), "{}", swan.log(60));
+        hosts_talk(&topology, V4)?;
+    }
+    Ok(())
 }
 
 fn two_children_carry_what_is_theirs() -> anyhow::Result<()> {

@@ -90,6 +90,8 @@ pub struct Tunnel {
     pub nat: Nat,
     /// Interval of NAT keep-alives.
     pub keepalive: Duration,
+    /// Longest IP datagram of IKE in bytes before a message is split (RFC 7383); none to split none.
+    pub fragment_size: Option<u16>,
     /// Liveness checks.
     pub dpd: Dpd,
     /// Lifetime of the IKE SA.

@@ -178,6 +178,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "ESP in UDP: if a NAT is found, always, or never.",
             ),
             key(
+                "fragment_size",
+                "`0`, or bytes from 576",
+                "`1200`",
+                "Longest IP datagram of IKE before a message is split (RFC 7383), if the peer can, too; `0` splits none.",
+            ),
+            key(
                 "keepalive",
                 "duration from 1s",
                 "`\"20s\"`",

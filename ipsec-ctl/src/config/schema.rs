@@ -61,6 +61,7 @@ pub(super) struct TunnelTable {
     pub(super) ike: Option<Vec<Text>>,
     #[serde(default)]
     pub(super) nat: Nat,
+    pub(super) fragment_size: Option<Spanned<u16>>,
     pub(super) keepalive: Option<Text>,
     #[serde(default)]
     pub(super) dpd: DpdTable,

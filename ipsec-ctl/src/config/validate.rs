@@ -29,6 +29,10 @@ use crate::ike::{
 const DEVICE_NAME_BYTES: usize = 15;
 /// Largest replay window, in packets: that of the Linux kernel's own ESP.
 const REPLAY_WINDOW_MAX: u32 = 4096;
+/// Longest IKE datagram by default: what a FortiGate takes, and what fits any path that carries IPv6.
+const FRAGMENT_SIZE: u16 = 1200;
+/// RFC 7383 section 2.5.1: 576 bytes pass everywhere.
+const FRAGMENT_LEAST: u16 = 576;
 /// Fewest bytes of an MTU that IPv4 lets us ask for (RFC 791).
 const MTU_LEAST: u16 = 576;
 /// The mark of our own packets unless configured: "IX" in ASCII, unlikely to be anybody else's.
@@ -202,6 +206,7 @@ fn tunnel(
             .unwrap_or_else(IkeProposal::defaults),
         nat: raw.nat,
         keepalive: duration(raw.keepalive.as_ref(), 20, 1, problems),
+        fragment_size: fragment_size(raw.fragment_size.as_ref(), problems),
         dpd: Dpd {
             interval: duration(raw.dpd.interval.as_ref(), 20, 0, problems),
             timeout: duration(raw.dpd.timeout.as_ref(), 60, 5, problems),
@@ -303,6 +308,23 @@ fn duration(
                 .at(text.span(), format!("must be at least {least_seconds}s")))
         });
     problems.keep(result, default)
+}
+
+fn fragment_size(raw: Option<&Spanned<u16>>, problems: &mut Problems) -> Option<u16> {
+    let Some(size) = raw else {
+        return Some(FRAGMENT_SIZE);
+    };
+    let bytes = *size.get_ref();
+    if bytes != 0 && bytes < FRAGMENT_LEAST {
+        problems.add(
+            Problem::new("the fragment size is too small")
+                .at(size.span(), "bytes of an IP datagram")
+                .help(format!(
+                    "write 0 to split no message, or at least {FRAGMENT_LEAST}"
+                )),
+        );
+    }
+    Some(bytes).filter(|bytes| *bytes != 0)
 }
 
 fn mtu(raw: Option<&Spanned<u16>>, children: &[Child], problems: &mut Problems) -> Option<u16> {

@@ -135,6 +135,7 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
             Nat::Force => NatPolicy::Force,
             Nat::Forbid => NatPolicy::Forbid,
         },
+        fragment_size: tunnel.fragment_size,
         keepalive: tunnel.keepalive,
         dpd_interval: tunnel.dpd.interval,
         dpd_timeout: tunnel.dpd.timeout,

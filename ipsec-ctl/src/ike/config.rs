@@ -79,6 +79,8 @@ pub struct PeerConfig {
     pub proposals: Vec<IkeProposal>,
     /// UDP encapsulation.
     pub nat: NatPolicy,
+    /// Longest IP datagram in bytes before a message is split (RFC 7383); none to split none.
+    pub fragment_size: Option<u16>,
     /// Interval of NAT keep-alives.
     pub keepalive: Duration,
     /// Silence after which a peer that we send to is asked whether it lives; zero is never.

@@ -1,4 +1,4 @@
-//! Sealing and opening of encrypted IKE messages (RFC 7296 section 3.14, RFC 5282, RFC 7634).
+//! Sealing and opening of encrypted IKE messages, whole or in fragments (RFC 7296 section 3.14, RFC 5282, RFC 7634, RFC 7383).
 
 use aes::{Aes128, Aes192, Aes256};
 use cbc::{
@@ -12,8 +12,8 @@ use zeroize::Zeroizing;
 use super::{keys::SkKeys, suite::IkeSuite, transform::Encryption};
 use crate::ike::{
     message::{
-        EmitError, Header, emit_payloads, frame_encrypted,
-        payload::{Encrypted, Payload},
+        EmitError, Header, emit_payloads, encrypted_overhead, frame_encrypted,
+        payload::{Encrypted, Part, Payload, PayloadType},
     },
     rng::Random,
 };
@@ -24,6 +24,8 @@ const BLOCK: usize = 16;
 const AEAD_IV: usize = 8;
 /// Tag of an AEAD, in bytes.
 const TAG: usize = 16;
+/// Fragments that a message may have: its parts' numbers fit seven bits of an IV, and no honest message needs more.
+pub const MOST_PARTS: u16 = 64;
 
 /// Why a message cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,7 +52,7 @@ pub enum SealError {
     Keys,
 }
 
-/// Writes a message whose payloads are all encrypted.
+/// Writes a message whose payloads are all encrypted, as one datagram.
 ///
 /// # Errors
 ///
@@ -64,36 +66,127 @@ pub fn seal(
 ) -> Result<Vec<u8>, SealError> {
     let (first, content) = emit_payloads(payloads)?;
     let content = Zeroizing::new(content);
-    let aead = suite.encryption.is_aead();
-    let (iv, block, icv) = if aead {
-        (AEAD_IV, 1, TAG)
-    } else {
-        let icv = suite.integrity.map_or(0, |integrity| integrity.icv_bytes());
-        (BLOCK, BLOCK, icv)
-    };
+    seal_part(header, first, None, &content, (suite, keys), random)
+}
+
+/// Writes a message whose payloads are all encrypted, as fragments of at most `most` bytes each if it is longer.
+///
+/// # Errors
+///
+/// [`SealError`], also for a message that would need more than [`MOST_PARTS`] fragments.
+// RFC 7383 section 2.5: the content is split and each part encrypted on its own; the first tells the type of the first
+// payload, the others none.
+pub fn seal_split(
+    header: &Header,
+    payloads: &[Payload<'_>],
+    suite: &IkeSuite,
+    keys: &SkKeys,
+    random: &mut dyn Random,
+    most: usize,
+) -> Result<Vec<Vec<u8>>, SealError> {
+    let (first, content) = emit_payloads(payloads)?;
+    let content = Zeroizing::new(content);
+    let shape = Shape::of(suite);
+    if encrypted_overhead(false) + shape.body(content.len()) <= most {
+        return seal_part(header, first, None, &content, (suite, keys), random)
+            .map(|whole| vec![whole]);
+    }
+    let chunk = shape.content_within(most.saturating_sub(encrypted_overhead(true)));
+    let chunks = content.chunks(chunk.max(1));
+    let total = u16::try_from(chunks.len())
+        .ok()
+        .filter(|total| *total <= MOST_PARTS)
+        .ok_or(EmitError("message"))?;
+    (1..=total)
+        .zip(chunks)
+        .map(|(number, chunk)| {
+            let first = if number == 1 {
+                first
+            } else {
+                PayloadType::NONE
+            };
+            let part = Some(Part { number, total });
+            seal_part(header, first, part, chunk, (suite, keys), random)
+        })
+        .collect()
+}
+
+/// Lengths that a suite gives to the body of an Encrypted payload, in bytes.
+struct Shape {
+    iv: usize,
+    block: usize,
+    icv: usize,
+}
+
+impl Shape {
+    fn of(suite: &IkeSuite) -> Self {
+        if suite.encryption.is_aead() {
+            return Self {
+                iv: AEAD_IV,
+                block: 1,
+                icv: TAG,
+            };
+        }
+        Self {
+            iv: BLOCK,
+            block: BLOCK,
+            icv: suite.integrity.map_or(0, |integrity| integrity.icv_bytes()),
+        }
+    }
+
     // RFC 7296 section 3.14: as much padding as fills the block, then its length in a byte.
-    let padding = (block - (content.len() + 1) % block) % block;
+    fn padding(&self, content: usize) -> usize {
+        (self.block - (content + 1) % self.block) % self.block
+    }
+
+    /// IV, padded content and ICV.
+    fn body(&self, content: usize) -> usize {
+        self.iv + content + self.padding(content) + 1 + self.icv
+    }
+
+    /// The longest content whose body has at most `body` bytes.
+    fn content_within(&self, body: usize) -> usize {
+        let padded = body.saturating_sub(self.iv + self.icv);
+        (padded - padded % self.block).saturating_sub(1)
+    }
+}
+
+/// Encrypts one datagram's content.
+fn seal_part(
+    header: &Header,
+    first: PayloadType,
+    part: Option<Part>,
+    content: &[u8],
+    (suite, keys): (&IkeSuite, &SkKeys),
+    random: &mut dyn Random,
+) -> Result<Vec<u8>, SealError> {
+    let shape = Shape::of(suite);
+    let padding = shape.padding(content.len());
     let plain = content.len() + padding + 1;
-    let mut frame = frame_encrypted(header, first, iv + plain + icv)?;
+    let mut frame = frame_encrypted(header, first, part, shape.body(content.len()))?;
     let (associated, body) = frame
         .bytes
         .split_at_mut_checked(frame.body.start)
         .ok_or(SealError::Keys)?;
-    let (iv_bytes, rest) = body.split_at_mut(iv);
+    let (iv_bytes, rest) = body.split_at_mut(shape.iv);
     random.fill(iv_bytes);
+    let aead = suite.encryption.is_aead();
     if aead {
         // RFC 5282 section 3.1: the IV must not repeat under one key. A message ID is used once for a request and once
-        // for a response; the random half guards against what a restored state may repeat.
+        // for a response, and each of their parts has its number; the random bytes guard against what a restored state
+        // may repeat.
         let [_, _, _, kind, id @ ..] = iv_bytes else {
             return Err(SealError::Keys);
         };
-        *kind = (*kind & !1) | u8::from(header.flags.response);
+        let number = part.map_or(0, |part| part.number);
+        *kind = u8::try_from(number << 1).map_err(|_| EmitError("message"))?
+            | u8::from(header.flags.response);
         id.copy_from_slice(&header.message_id.0.to_be_bytes());
     }
     let (text, tag) = rest.split_at_mut(plain);
     text.get_mut(..content.len())
         .ok_or(SealError::Keys)?
-        .copy_from_slice(&content);
+        .copy_from_slice(content);
     if let Some(length) = text.last_mut() {
         *length = u8::try_from(padding).unwrap_or_default();
     }
@@ -105,15 +198,16 @@ pub fn seal(
         tag.copy_from_slice(sealed.as_ref());
     } else {
         encrypt_cbc(suite.encryption, keys, iv_bytes, text).ok_or(SealError::Keys)?;
-        let covered = frame.bytes.len() - icv;
+        let covered = frame.bytes.len() - shape.icv;
         let (covered, tag) = frame.bytes.split_at_mut(covered);
         let sum = checksum(suite, keys, covered).ok_or(SealError::Keys)?;
-        tag.copy_from_slice(sum.as_ref().get(..icv).ok_or(SealError::Keys)?);
+        tag.copy_from_slice(sum.as_ref().get(..shape.icv).ok_or(SealError::Keys)?);
     }
     Ok(frame.bytes)
 }
 
-/// Opens the Encrypted payload of `message`; returns the chain of payloads inside.
+/// Opens the Encrypted payload of `message`, or the fragment of one; returns the chain of payloads inside, or that part of
+/// it.
 ///
 /// # Errors
 ///

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::header::Header;
-use super::payload::{Encrypted, Payload, PayloadType};
+use super::payload::{Encrypted, Part, Payload, PayloadType};
 use super::reader::{ParseError, Reader};
 use super::writer::{EmitError, Writer};
 
@@ -12,6 +12,8 @@ const MAX_PAYLOADS: usize = 128;
 
 /// Length of the generic payload header.
 const GENERIC_HEADER: usize = 4;
+/// Length of a fragment's numbers.
+const PART: usize = 4;
 
 /// A datagram: its header, and its payloads up to an encrypted one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,34 +77,51 @@ pub fn emit_payloads(payloads: &[Payload<'_>]) -> Result<(PayloadType, Vec<u8>),
 pub struct EncryptedFrame {
     /// The whole datagram, with zeros where the body goes.
     pub bytes: Vec<u8>,
-    /// What the integrity check covers in front of the body: both headers.
+    /// What the integrity check covers in front of the body: both headers, and the numbers of a fragment.
     pub associated: Range<usize>,
     /// IV, ciphertext and ICV.
     pub body: Range<usize>,
 }
 
-/// Writes both headers of a datagram with one Encrypted payload and leaves `body` bytes for IV, ciphertext and ICV.
-/// `first` is the type of the first payload inside.
+/// Bytes in front of the body of an Encrypted payload, or of a fragment of one.
+pub fn encrypted_overhead(fragment: bool) -> usize {
+    Header::LENGTH + GENERIC_HEADER + if fragment { PART } else { 0 }
+}
+
+/// Writes both headers of a datagram with one Encrypted payload, or with one part of it, and leaves `body` bytes for IV,
+/// ciphertext and ICV. `first` is the type of the first payload inside.
 pub fn frame_encrypted(
     header: &Header,
     first: PayloadType,
+    part: Option<Part>,
     body: usize,
 ) -> Result<EncryptedFrame, EmitError> {
     // An absurd length must be refused before memory is taken for it.
-    if u16::try_from(Header::LENGTH + GENERIC_HEADER)
+    if u16::try_from(encrypted_overhead(part.is_some()))
         .is_ok_and(|heads| usize::from(u16::MAX - heads) < body)
     {
         return Err(EmitError("message"));
     }
     let mut w = Writer::new();
+    let kind = match part {
+        None => PayloadType::ENCRYPTED,
+        Some(_) => PayloadType::ENCRYPTED_FRAGMENT,
+    };
+    let payload = encrypted_overhead(part.is_some()) - Header::LENGTH + body;
     Header {
-        first: PayloadType::ENCRYPTED,
+        first: kind,
         ..*header
     }
-    .emit(&mut w, GENERIC_HEADER + body);
+    .emit(&mut w, payload);
     w.u8(first.0);
     w.u8(0);
-    w.with_length(2, "payload", |w| w.bytes(&vec![0; body]));
+    w.with_length(2, "payload", |w| {
+        if let Some(Part { number, total }) = part {
+            w.u16(number);
+            w.u16(total);
+        }
+        w.bytes(&vec![0; body]);
+    });
     let bytes = w.finish()?;
     let start = bytes.len() - body;
     Ok(EncryptedFrame {
@@ -161,14 +180,16 @@ fn encrypted<'a>(
         return Err(ParseError::Invalid("encrypted payload inside another"));
     };
     behind.finish("encrypted payload")?;
-    let start = length - body.remaining();
-    let content = Encrypted {
-        first,
-        associated: 0..start,
-        body: start..length,
+    let content = |body: &Reader<'_>| {
+        let start = length - body.remaining();
+        Encrypted {
+            first,
+            associated: 0..start,
+            body: start..length,
+        }
     };
     if kind == PayloadType::ENCRYPTED {
-        return Ok(Payload::Encrypted(content));
+        return Ok(Payload::Encrypted(content(&body)));
     }
     // RFC 7383 section 2.5: fragments are numbered from 1 to their total.
     let (number, total) = (body.u16("fragment number")?, body.u16("total fragments")?);
@@ -176,9 +197,8 @@ fn encrypted<'a>(
         return Err(ParseError::Invalid("fragment number"));
     }
     Ok(Payload::EncryptedFragment {
-        content,
-        number,
-        total,
+        content: content(&body),
+        part: Part { number, total },
     })
 }
 

@@ -10,7 +10,9 @@ pub mod payload;
 mod reader;
 mod writer;
 
-pub use chain::{EncryptedFrame, Message, emit_payloads, frame_encrypted, parse_payloads};
+pub use chain::{
+    EncryptedFrame, Message, emit_payloads, encrypted_overhead, frame_encrypted, parse_payloads,
+};
 pub use header::{ExchangeType, Flags, Header, IkeSpi, MessageId};
 pub use payload::{Payload, PayloadType};
 pub use reader::{ParseError, Reader};

@@ -72,6 +72,7 @@ impl IkeSa {
             expected_request: 0,
             outstanding: None,
             answered: None,
+            fragments: super::fragments::Fragments::default(),
             tasks: VecDeque::new(),
             job: None,
             asking: None,
@@ -152,6 +153,7 @@ impl IkeSa {
         };
         let offer = proposals::ike_offer(&peer.proposals);
         let policy = peer.nat;
+        let fragments = peer.fragment_size.is_some();
         let source = match policy {
             // A hash that fits no address makes the peer believe in a NAT, hence in encapsulation.
             NatPolicy::Force => shared.random_bytes(20),
@@ -182,6 +184,9 @@ impl IkeSa {
         if policy != NatPolicy::Forbid {
             payloads.extend(nat_notifies(&source, &destination));
         }
+        if fragments {
+            payloads.push(fragmentation_supported());
+        }
         let message = Message {
             header: self.header(ExchangeType::IKE_SA_INIT, 0, false),
             payloads,
@@ -191,7 +196,7 @@ impl IkeSa {
         self.state = State::InitSent;
         // RFC 7296 section 2.2: IKE_SA_INIT has ID 0, however often it begins anew.
         self.next_request = 0;
-        self.send_request(shared, now, bytes, Exchange::Init);
+        self.send_request(shared, now, vec![bytes], Exchange::Init);
     }
 
     pub(super) fn init_response(
@@ -221,6 +226,7 @@ impl IkeSa {
                     return self.close(shared, DownReason::Operator, Closed::Wanted);
                 };
                 let policy = peer.nat;
+                let fragments = peer.fragment_size.is_some();
                 let chosen = proposals::choose_ike(&peer.proposals, &sa, Some(ke.method.0))
                     .map(|(suite, _)| suite)
                     .filter(|suite| {
@@ -240,6 +246,8 @@ impl IkeSa {
                 self.nonce_r = nonce.bytes().to_vec();
                 self.init_response = bytes.to_vec();
                 self.outstanding = None;
+                self.fragments.agreed =
+                    fragments && notifies.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
                 if policy != NatPolicy::Forbid {
                     self.detect_nat(&notifies);
                 }
@@ -593,6 +601,11 @@ pub(super) fn id_body(kind: u8, data: &[u8]) -> Vec<u8> {
 }
 
 /// The notifies of NAT detection.
+/// Tells the peer that messages may be split (RFC 7383 section 2.3).
+pub(super) fn fragmentation_supported() -> Payload<'static> {
+    Payload::Notify(Notify::new(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED, &[]))
+}
+
 pub(super) fn nat_notifies<'a>(source: &'a [u8], destination: &'a [u8]) -> [Payload<'a>; 2] {
     [
         Payload::Notify(Notify::new(NotifyType::NAT_DETECTION_SOURCE_IP, source)),

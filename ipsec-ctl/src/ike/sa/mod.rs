@@ -4,6 +4,7 @@
 //! the endpoint by way of [`FollowUp`].
 
 mod child;
+mod fragments;
 mod informational;
 mod initiate;
 mod rekey;
@@ -100,7 +101,8 @@ pub(super) enum Task {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Outstanding {
     message_id: u32,
-    bytes: Vec<u8>,
+    /// One datagram, or the fragments of the message.
+    datagrams: Vec<Vec<u8>>,
     exchange: Exchange,
     first_sent: Time,
     attempt: u32,
@@ -137,7 +139,8 @@ impl Exchange {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Answered {
     request: Vec<u8>,
-    response: Vec<u8>,
+    /// One datagram, or the fragments of the message.
+    response: Vec<Vec<u8>>,
 }
 
 /// What the endpoint must see to after an IKE SA has been at work.
@@ -198,6 +201,7 @@ pub(super) struct IkeSa {
     expected_request: u32,
     outstanding: Option<Outstanding>,
     answered: Option<Answered>,
+    fragments: fragments::Fragments,
     tasks: VecDeque<Task>,
     job: Option<JobId>,
     /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.

@@ -12,7 +12,7 @@ use crate::ike::{
     exchange::{AuthRequest, AuthResponse, ChildRequest, ChildResponse, Informational, SortError},
     message::{
         ExchangeType, Flags, Header, Message, MessageId, Payload, PayloadType, parse_payloads,
-        payload::{Notify, NotifyType},
+        payload::{Notify, NotifyType, Part},
     },
     time::Time,
 };
@@ -49,16 +49,24 @@ impl IkeSa {
         shared: &mut Shared,
         header: &Header,
         payloads: &[Payload<'_>],
-    ) -> Option<Vec<u8>> {
+    ) -> Option<Vec<Vec<u8>>> {
         let (ours, _) = self.directions()?;
-        sk::seal(
+        let most = self.most_bytes(shared);
+        sk::seal_split(
             header,
             payloads,
             self.suite.as_ref()?,
             ours,
             &mut *shared.random,
+            most,
         )
         .ok()
+    }
+
+    pub(super) fn transmit_all(&mut self, shared: &mut Shared, now: Time, datagrams: Vec<Vec<u8>>) {
+        for bytes in datagrams {
+            self.transmit(shared, now, bytes);
+        }
     }
 
     pub(super) fn transmit(&mut self, shared: &mut Shared, now: Time, bytes: Vec<u8>) {
@@ -80,30 +88,30 @@ impl IkeSa {
         exchange: Exchange,
     ) {
         let header = self.header(kind, self.next_request, false);
-        if let Some(bytes) = self.seal(shared, &header, payloads) {
-            self.send_request(shared, now, bytes, exchange);
+        if let Some(datagrams) = self.seal(shared, &header, payloads) {
+            self.send_request(shared, now, datagrams, exchange);
         }
     }
 
-    /// Sends the bytes of a request and repeats them until a response comes.
+    /// Sends the datagrams of a request and repeats them until a response comes.
     pub(super) fn send_request(
         &mut self,
         shared: &mut Shared,
         now: Time,
-        bytes: Vec<u8>,
+        datagrams: Vec<Vec<u8>>,
         exchange: Exchange,
     ) {
         let message_id = self.next_request;
         self.next_request = self.next_request.saturating_add(1);
         self.outstanding = Some(Outstanding {
             message_id,
-            bytes: bytes.clone(),
+            datagrams: datagrams.clone(),
             exchange,
             first_sent: now,
             attempt: 0,
             again_at: now + shared.retransmission(0),
         });
-        self.transmit(shared, now, bytes);
+        self.transmit_all(shared, now, datagrams);
     }
 
     /// Answers the request that is expected now.
@@ -116,15 +124,15 @@ impl IkeSa {
         payloads: &[Payload<'_>],
     ) {
         let header = self.header(kind, self.expected_request, true);
-        let Some(bytes) = self.seal(shared, &header, payloads) else {
+        let Some(datagrams) = self.seal(shared, &header, payloads) else {
             return;
         };
         self.expected_request = self.expected_request.saturating_add(1);
         self.answered = Some(Answered {
             request: request.to_vec(),
-            response: bytes.clone(),
+            response: datagrams.clone(),
         });
-        self.transmit(shared, now, bytes);
+        self.transmit_all(shared, now, datagrams);
     }
 
     pub(super) fn respond_notify(
@@ -191,13 +199,19 @@ impl IkeSa {
             }
             return;
         }
-        let Some(Payload::Encrypted(encrypted)) = message.payloads.last() else {
-            return self.unprotected(shared, message);
+        let (encrypted, part) = match message.payloads.last() {
+            Some(Payload::Encrypted(encrypted)) => (encrypted, None),
+            // RFC 7383 section 2.3: nobody sends fragments unless both sides have said that they can.
+            Some(Payload::EncryptedFragment { content, part }) if self.fragments.agreed => {
+                (content, Some(*part))
+            }
+            _ => return self.unprotected(shared, message),
         };
         let (Some((_, theirs)), Some(suite)) = (self.directions(), self.suite.as_ref()) else {
             return shared.refuse(Refusal::TooEarly);
         };
-        if !self.is_in_window(header) || self.state == State::Lingering {
+        let is_late = !self.is_in_window(header) || self.state == State::Lingering;
+        if is_late && (part.is_none() || !self.is_last_request_again(header, part)) {
             return self.out_of_window(shared, now, header, bytes);
         }
         let chain = match sk::open(bytes, encrypted, suite, theirs) {
@@ -206,12 +220,22 @@ impl IkeSa {
         };
         // From here on the message is the peer's own.
         self.heard = now;
+        if is_late {
+            return self.respond_again(shared, now);
+        }
+        let (first, chain) = match part {
+            None => (encrypted.first, chain),
+            Some(part) => match self.fragments.take(header, part, encrypted.first, chain) {
+                Some(whole) => whole,
+                None => return,
+            },
+        };
         if header.flags.response {
-            self.handle_response(shared, now, header, encrypted.first, &chain);
+            self.handle_response(shared, now, header, first, &chain);
         } else {
             self.follow(shared, from);
             let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
-            self.handle_request(shared, now, header, bytes, encrypted.first, &chain);
+            self.handle_request(shared, now, header, bytes, first, &chain);
             // A further request proves that our last response has arrived, and what it agreed on is installed.
             for sa in known {
                 shared.proved(sa);
@@ -251,15 +275,33 @@ impl IkeSa {
     /// A repeated request gets the same response again, whatever has happened since.
     // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed and nothing is computed.
     fn out_of_window(&mut self, shared: &mut Shared, now: Time, header: &Header, bytes: &[u8]) {
-        let repeated = self
+        let is_repeated = self
             .answered
             .as_ref()
-            .filter(|answered| !header.flags.response && answered.request == bytes)
-            .map(|answered| answered.response.clone());
-        match repeated {
-            Some(response) => self.transmit(shared, now, response),
-            None => shared.refuse(Refusal::OutOfWindow),
+            .is_some_and(|answered| !header.flags.response && answered.request == bytes);
+        if is_repeated {
+            self.respond_again(shared, now);
+        } else {
+            shared.refuse(Refusal::OutOfWindow);
         }
+    }
+
+    /// Whether a fragment claims to begin the request that was answered last.
+    // RFC 7383 section 2.6.1: the first fragment of a repeated request is answered again, the others are dropped. The peer
+    // may have split it anew, so it is recognised by its number and must be authentic.
+    fn is_last_request_again(&self, header: &Header, part: Option<Part>) -> bool {
+        !header.flags.response
+            && self.answered.is_some()
+            && header.message_id.0.checked_add(1) == Some(self.expected_request)
+            && part.is_some_and(|part| part.number == 1)
+    }
+
+    fn respond_again(&mut self, shared: &mut Shared, now: Time) {
+        let response = self
+            .answered
+            .as_ref()
+            .map(|answered| answered.response.clone());
+        self.transmit_all(shared, now, response.unwrap_or_default());
     }
 
     /// Follows a peer whose NAT has given it another address or port.

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     Closed, IkeSa, State,
     child::PendingChild,
-    initiate::{NONCE_BYTES, check_psk, id_body, nat_notifies},
+    initiate::{NONCE_BYTES, check_psk, fragmentation_supported, id_body, nat_notifies},
 };
 use crate::ike::{
     Identity,
@@ -65,6 +65,13 @@ impl IkeSa {
         if accept.nat != NatPolicy::Forbid {
             sa.detect_nat(&accept.request.notifies);
         }
+        sa.fragments.agreed = shared
+            .peers_at(accept.remote.ip())
+            .any(|peer| peer.fragment_size.is_some())
+            && accept
+                .request
+                .notifies
+                .has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let private = PrivateKey::generate(accept.suite.group, &mut *shared.random);
         let public = accept.request.ke.public.to_vec();
         sa.job = Some(sa.queue_job(shared, private, Some(public), true));
@@ -103,6 +110,9 @@ impl IkeSa {
         ];
         if self.nat.supported {
             payloads.extend(nat_notifies(&source, &destination));
+        }
+        if self.fragments.agreed {
+            payloads.push(fragmentation_supported());
         }
         let message = Message {
             header: self.header(ExchangeType::IKE_SA_INIT, 0, true),

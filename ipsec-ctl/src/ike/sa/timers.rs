@@ -177,13 +177,13 @@ impl IkeSa {
             }
             return self.close(shared, DownReason::Dead, Closed::Lost);
         }
-        let bytes = outstanding.bytes.clone();
+        let datagrams = outstanding.datagrams.clone();
         let attempt = outstanding.attempt + 1;
         let pause = shared.retransmission(attempt);
         if let Some(outstanding) = &mut self.outstanding {
             outstanding.attempt = attempt;
             outstanding.again_at = now + pause;
         }
-        self.transmit(shared, now, bytes);
+        self.transmit_all(shared, now, datagrams);
     }
 }

@@ -98,6 +98,7 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
         role,
         proposals: vec!["aes256gcm16-prfsha256-x25519".parse().unwrap()],
         nat: NatPolicy::Auto,
+        fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),

@@ -161,3 +161,79 @@ fn the_ivs_of_a_request_and_a_response_with_one_id_differ() {
     };
     assert_ne!(iv(&HEADER), iv(&response));
 }
+
+// RFC 7383 section 2.5: every part is sealed on its own, is no longer than it may be, and all have IVs of their own.
+#[test]
+fn a_long_message_is_split_into_parts_that_open_and_join() {
+    let data = [7; 700];
+    let payloads = [Payload::Notify(Notify::new(NotifyType::COOKIE, &data))];
+    for suite in suites() {
+        let keys = keys(&suite);
+        for most in [150, 151, 165, 166, 300, 700, 1000] {
+            let mut random = Fixed(0);
+            let parts = seal_split(
+                &HEADER,
+                &payloads,
+                &suite,
+                &keys.initiator,
+                &mut random,
+                most,
+            )
+            .unwrap();
+            assert_eq!(parts.len() > 1, most < 780, "{most}");
+            let mut joined = Vec::new();
+            let mut ivs = std::collections::BTreeSet::new();
+            for (number, bytes) in (1..).zip(&parts) {
+                assert!(bytes.len() <= most, "{} of {most}", bytes.len());
+                let message = Message::parse(bytes).unwrap();
+                let (content, first) = match message.payloads.last().unwrap() {
+                    Payload::Encrypted(content) => (content, content.first),
+                    Payload::EncryptedFragment { content, part } => {
+                        assert_eq!(
+                            (part.number, usize::from(part.total)),
+                            (number, parts.len())
+                        );
+                        assert_eq!(content.first == PayloadType::NONE, number > 1);
+                        (content, content.first)
+                    }
+                    other => panic!("{other:?}"),
+                };
+                assert!(number > 1 || first == PayloadType::NOTIFY);
+                assert!(ivs.insert(bytes[content.body.start..][..AEAD_IV].to_vec()));
+                joined.extend_from_slice(&open(bytes, content, &suite, &keys.initiator).unwrap());
+                let mut renumbered = bytes.clone();
+                renumbered[33] ^= 1;
+                assert!(
+                    parts.len() == 1
+                        || open(&renumbered, content, &suite, &keys.initiator).is_err(),
+                    "the number of a part is protected"
+                );
+            }
+            assert_eq!(
+                parse_payloads(PayloadType::NOTIFY, &joined).unwrap(),
+                payloads
+            );
+        }
+    }
+}
+
+#[test]
+fn a_message_of_too_many_parts_is_not_sent() {
+    let data = [7; 60_000];
+    let payloads = [Payload::Notify(Notify::new(NotifyType::COOKIE, &data))];
+    let suite = &suites()[0];
+    let split = |most| {
+        let (keys, mut random) = (keys(suite), Fixed(0));
+        seal_split(
+            &HEADER,
+            &payloads,
+            suite,
+            &keys.initiator,
+            &mut random,
+            most,
+        )
+    };
+    assert!(split(1100).is_ok());
+    assert_eq!(split(500), Err(SealError::Emit(EmitError("message"))));
+    assert!(split(0).is_err());
+}

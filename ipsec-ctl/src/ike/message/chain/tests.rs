@@ -137,7 +137,8 @@ fn a_captured_encrypted_message_shows_its_ranges() {
         (encrypted.associated.clone(), encrypted.body.clone()),
         (0..32, 32..bytes.len())
     );
-    let frame = frame_encrypted(&message.header, encrypted.first, encrypted.body.len()).unwrap();
+    let frame =
+        frame_encrypted(&message.header, encrypted.first, None, encrypted.body.len()).unwrap();
     assert_eq!(
         frame.bytes[frame.associated],
         bytes[encrypted.associated.clone()]
@@ -156,13 +157,13 @@ fn an_encrypted_payload_is_refused_inside_another() {
 
 #[test]
 fn a_frame_beyond_a_datagram_is_refused() {
-    assert!(frame_encrypted(&header(), PayloadType::NONE, 65_503).is_ok());
+    assert!(frame_encrypted(&header(), PayloadType::NONE, None, 65_503).is_ok());
     assert_eq!(
-        frame_encrypted(&header(), PayloadType::NONE, 65_504),
+        frame_encrypted(&header(), PayloadType::NONE, None, 65_504),
         Err(EmitError("message"))
     );
     assert_eq!(
-        frame_encrypted(&header(), PayloadType::NONE, usize::MAX),
+        frame_encrypted(&header(), PayloadType::NONE, None, usize::MAX),
         Err(EmitError("message"))
     );
 }

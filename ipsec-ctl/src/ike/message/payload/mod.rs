@@ -100,8 +100,7 @@ pub enum Payload<'a> {
     /// Part of a message that was split (RFC 7383).
     EncryptedFragment {
         content: Encrypted,
-        number: u16,
-        total: u16,
+        part: Part,
     },
     /// A type that we do not know.
     Unknown {
@@ -116,10 +115,20 @@ pub enum Payload<'a> {
 pub struct Encrypted {
     /// Type of the first payload inside.
     pub first: PayloadType,
-    /// What the integrity check covers in front of the body: all up to the end of the payload's generic header.
+    /// What the integrity check covers in front of the body: all up to the end of the payload's header, which in a
+    /// fragment ends with its numbers.
     pub associated: Range<usize>,
-    /// IV, ciphertext and ICV (in a fragment, its numbers first).
+    /// IV, ciphertext and ICV.
     pub body: Range<usize>,
+}
+
+/// Which part of a split message a fragment is (RFC 7383 section 2.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From 1 to `total`.
+    pub number: u16,
+    /// Fragments of the message.
+    pub total: u16,
 }
 
 impl<'a> Payload<'a> {
