@@ -1,9 +1,12 @@
-//! Project Wycheproof's vectors for every primitive that IKE and ESP are built on, and the primes of RFC 3526.
+//! Project Wycheproof's vectors for every primitive that IKE and ESP are built on, and those of RFC 3602 for AES-CBC.
 
 use aes::{Aes128, Aes192, Aes256};
 use cbc::{
     Decryptor,
-    cipher::{BlockModeDecrypt, KeyIvInit, block_padding::Pkcs7},
+    cipher::{
+        BlockModeDecrypt, KeyIvInit,
+        block_padding::{NoPadding, Pkcs7},
+    },
 };
 use ring::aead;
 use wycheproof::TestResult;
@@ -171,4 +174,52 @@ fn curve25519_gives_wycheproofs_answers_and_refuses_small_orders() {
         }
     }
     at_least(400, ran);
+}
+
+// RFC 3602 section 4: cases 1 to 4, the cipher alone.
+#[test]
+fn aes_cbc_gives_the_known_answers_of_rfc_3602() {
+    let text = |first: u8, last: u8| (first..=last).collect::<Vec<u8>>();
+    let cases = [
+        (
+            "06a9214036b8a15b512e03d534120006",
+            "3dafba429d9eb430b422da802c9fac41",
+            b"Single block msg".to_vec(),
+            "e353779c1079aeb82708942dbe77181a",
+        ),
+        (
+            "c286696d887c9aa0611bbb3e2025a45a",
+            "562e17996d093d28ddb3ba695a2e6f58",
+            text(0, 31),
+            "d296cd94c2cccf8a3a863028b5e1dc0a7586602d253cfff91b8266bea6d61ab1",
+        ),
+        (
+            "6c3ea0477630ce21a2ce334aa746c2cd",
+            "c782dc4c098c66cbd9cd27d825682c81",
+            b"This is a 48-byte message (exactly 3 AES blocks)".to_vec(),
+            "d0a02b3836451753d493665d33f0e8862dea54cdb293abc7506939276772f8d5021c19216bad525c8579695d83ba2684",
+        ),
+        (
+            "56e47a38c5598974bc46903dba290349",
+            "8ce82eefbea0da3c44699ed7db51b7d9",
+            text(0xa0, 0xdf),
+            "c30e32ffedc0774e6aff6af0869f71aa0f3af07a9a31a9c684db207eb0ef8e4e\
+             35907aa632c3ffdf868bb7b29d3d46ad83ce9f9a102ee99d49a53e87f4c3da55",
+        ),
+    ];
+    for (key, iv, plain, sealed) in cases {
+        let mut text = bytes(sealed);
+        let opened = Decryptor::<Aes128>::new_from_slices(&bytes(key), &bytes(iv))
+            .unwrap()
+            .decrypt_padded::<NoPadding>(&mut text)
+            .unwrap();
+        assert_eq!(opened, plain);
+    }
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    hex.as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
 }
