@@ -5,7 +5,13 @@ use std::process::ExitCode;
 use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use crate::{command::find, netns};
+use crate::{
+    command::{find, run},
+    netns,
+};
+
+/// An interface that exists for a moment.
+const PROBE: &str = "ipx-suite";
 
 /// What a test needs of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +24,8 @@ pub enum Need {
     StrongSwan,
     /// A kernel with ESP, such as the guest's.
     KernelEsp,
+    /// The same, with xfrm interfaces: the guest's if it was built.
+    XfrmInterfaces,
 }
 
 impl Need {
@@ -44,6 +52,13 @@ impl Need {
                     )
                 })
             }
+            Self::XfrmInterfaces => Self::KernelEsp.missing().or_else(|| {
+                let added = run("ip", &["link", "add", PROBE, "type", "xfrm", "if_id", "1"]);
+                let _ = run("ip", &["link", "del", PROBE]);
+                added.err().map(|_| {
+                    "this kernel has no xfrm interfaces: `cargo xtask vm --build` makes a guest that does".to_owned()
+                })
+            }),
             Self::StrongSwan => absent(
                 &["charon-systemd", "swanctl"],
                 "charon-systemd strongswan-swanctl libcharon-extra-plugins libstrongswan-standard-plugins libstrongswan-extra-plugins",

@@ -8,8 +8,8 @@ use ipsec_ctl::{
     dataplane::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
-            ChildId, ChildTrap, Df, Direction, FastPath, Lifetime, Outer, SaId, SaSpec,
-            SelectorPair, TunnelId, TunnelSpec,
+            ChildId, ChildTrap, Df, Direction, EngineChoice, FastPath, Lifetime, Outer, SaId,
+            SaSpec, SelectorPair, TunnelId, TunnelSpec,
         },
         xdp::{
             events::Events,
@@ -90,6 +90,7 @@ pub(crate) fn tunnel(swapped: bool) -> TunnelSpec {
         name: "bench".into(),
         device: "tun0".into(),
         mtu: None,
+        engine: EngineChoice::Xdp,
         fast_path: FastPath::On,
         df: Df::Copy,
         clamp_mss: true,

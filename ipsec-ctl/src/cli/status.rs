@@ -177,6 +177,7 @@ fn offload(offload: Offload) -> String {
         Offload::Full => "offloaded".to_owned(),
         Offload::Partial(why) => format!("offloaded in part ({})", why.name()),
         Offload::Declined(why) => format!("not offloaded ({})", why.name()),
+        Offload::Kernel(why) => format!("kernel ESP ({})", why.name()),
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     dataplane::{
         routing::RoutesMode,
-        seam::{Df, FastPath},
+        seam::{Df, EngineChoice, FastPath},
     },
     ike::{
         Identity,
@@ -96,10 +96,12 @@ pub struct Tunnel {
     pub dpd: Dpd,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
-    /// Name of the TUN device.
+    /// Name of its device.
     pub device: String,
     /// Fixed device MTU in bytes.
     pub mtu: Option<u16>,
+    /// What carries it.
+    pub engine: EngineChoice,
     /// Whether XDP may carry it.
     pub fast_path: FastPath,
     /// Outer DF bit.

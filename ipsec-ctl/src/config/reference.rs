@@ -56,6 +56,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "Interfaces that the XDP program attaches to.",
             ),
             key(
+                "engine",
+                "`\"xdp\"`, `\"kernel\"`, `\"auto\"`",
+                "`\"xdp\"`",
+                "What carries the tunnels: XDP and AF_XDP, the kernel's own ESP, or the first that this machine has (docs/engines.md).",
+            ),
+            key(
                 "mark",
                 "number above 0",
                 "`0x4958`",
@@ -205,13 +211,19 @@ pub(super) const SECTIONS: &[Section] = &[
                 "device",
                 "interface name",
                 "the tunnel's name",
-                "Name of the tunnel's TUN device.",
+                "Name of the tunnel's device.",
             ),
             key(
                 "mtu",
                 "bytes from 576; 1280 with IPv6",
                 "from the SAs and the path",
                 "Fixed MTU of the device.",
+            ),
+            key(
+                "engine",
+                "`\"xdp\"`, `\"kernel\"`, `\"auto\"`",
+                "as for the whole gateway",
+                "What carries this tunnel.",
             ),
             key(
                 "fast_path",

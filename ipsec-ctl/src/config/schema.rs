@@ -7,7 +7,7 @@ use toml::Spanned;
 
 use crate::dataplane::{
     routing::RoutesMode,
-    seam::{Df, FastPath},
+    seam::{Df, EngineChoice, FastPath},
 };
 
 /// Text with its place in the file.
@@ -18,6 +18,8 @@ pub(super) type Text = Spanned<String>;
 pub(super) struct File {
     pub(super) instance: Option<Text>,
     pub(super) interfaces: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) engine: EngineChoice,
     pub(super) mark: Option<Spanned<u32>>,
     #[serde(default)]
     pub(super) sysctl: SysctlSetting,
@@ -68,10 +70,10 @@ pub(super) struct TunnelTable {
     pub(super) lifetime: Option<Text>,
     pub(super) device: Option<Text>,
     pub(super) mtu: Option<Spanned<u16>>,
+    pub(super) engine: Option<EngineChoice>,
     #[serde(default)]
     pub(super) fast_path: FastPath,
-    #[serde(default)]
-    pub(super) df: Df,
+    pub(super) df: Option<Spanned<Df>>,
     pub(super) clamp_mss: Option<bool>,
     pub(super) copy_dscp: Option<bool>,
     #[serde(default)]

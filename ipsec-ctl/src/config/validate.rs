@@ -20,9 +20,12 @@ use super::{
     secret::{KeyFileError, Secret},
     value,
 };
-use crate::ike::{
-    Identity,
-    crypto::{EspProposal, IkeProposal},
+use crate::{
+    dataplane::seam::{Df, EngineChoice},
+    ike::{
+        Identity,
+        crypto::{EspProposal, IkeProposal},
+    },
 };
 
 /// Longest device name: IFNAMSIZ of the kernel's linux/if.h less the closing zero.
@@ -52,7 +55,7 @@ pub(super) fn config(raw: schema::File, read_key: ReadKey<'_>) -> Result<Config,
     let tunnels: Vec<Tunnel> = raw
         .tunnels
         .into_iter()
-        .map(|table| tunnel(table, read_key, &mut problems))
+        .map(|table| tunnel(table, raw.engine, read_key, &mut problems))
         .collect();
     indistinguishable(&tunnels, &spans, &mut problems);
     let config = Config {
@@ -173,6 +176,7 @@ fn limits(raw: &schema::LimitsTable, problems: &mut Problems) -> Limits {
 
 fn tunnel(
     table: Spanned<schema::TunnelTable>,
+    default_engine: EngineChoice,
     read_key: ReadKey<'_>,
     problems: &mut Problems,
 ) -> Tunnel {
@@ -194,6 +198,7 @@ fn tunnel(
         );
     }
     let children = children(&raw, whole, problems);
+    let engine = raw.engine.unwrap_or(default_engine);
     Tunnel {
         device: device(&raw, problems),
         peer,
@@ -213,8 +218,9 @@ fn tunnel(
         },
         lifetime: duration(raw.lifetime.as_ref(), 86_400, 60, problems),
         mtu: mtu(raw.mtu.as_ref(), &children, problems),
+        engine,
         fast_path: raw.fast_path,
-        df: raw.df,
+        df: df(raw.df.as_ref(), engine, problems),
         clamp_mss: raw.clamp_mss.unwrap_or(true),
         copy_dscp: raw.copy_dscp.unwrap_or(true),
         routes: raw.routes,
@@ -342,6 +348,20 @@ fn mtu(raw: Option<&Spanned<u16>>, children: &[Child], problems: &mut Problems) 
         );
     }
     Some(*mtu.get_ref())
+}
+
+fn df(raw: Option<&Spanned<Df>>, engine: EngineChoice, problems: &mut Problems) -> Df {
+    let Some(df) = raw else {
+        return Df::default();
+    };
+    if *df.get_ref() == Df::Set && engine == EngineChoice::Kernel {
+        problems.add(
+            Problem::new("the kernel's ESP cannot always set the don't-fragment bit")
+                .at(df.span(), "not with engine = \"kernel\"")
+                .help("write df = \"copy\", or let engine = \"xdp\" carry this tunnel"),
+        );
+    }
+    *df.get_ref()
 }
 
 enum Prefix {

@@ -31,6 +31,7 @@ pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel) -> TunnelSpec {
         name: tunnel.name.clone(),
         device: tunnel.device.clone(),
         mtu: tunnel.mtu,
+        engine: tunnel.engine,
         fast_path: tunnel.fast_path,
         df: tunnel.df,
         clamp_mss: tunnel.clamp_mss,

@@ -6,7 +6,7 @@ use super::convert;
 use crate::{
     config::Config,
     dataplane::{
-        link,
+        kernel, link,
         routing::{self, Routing},
         seam::TunnelId,
         xdp::program,
@@ -32,7 +32,8 @@ pub fn guard(config: &Config) -> io::Result<String> {
         for (number, tunnel) in (1..).zip(&config.tunnels) {
             let spec = convert::tunnel_spec(TunnelId(number), tunnel).routing;
             prefixes += spec.remote.len();
-            // A device that a dead daemon has left stays in its place: it is down or has no reader, so it blocks, too.
+            // A device that a dead daemon has left stays in its place: it is down or has no reader, so it blocks, too. Behind
+            // an xfrm interface the kernel's policies let through only what its states protect.
             let device = netlink
                 .link(&tunnel.device)
                 .await
@@ -67,7 +68,9 @@ pub fn release(config: &Config) -> io::Result<String> {
         // First: without it packets take the kernel's way, which leads into the devices as long as they are there.
         program::release(&config.instance).map_err(io::Error::other)?;
         routing::release(&netlink).await.map_err(io::Error::other)?;
-        let mut devices = 0;
+        let mut devices = kernel::engine::release(&netlink)
+            .await
+            .map_err(io::Error::other)?;
         for tunnel in &config.tunnels {
             let there = netlink
                 .link(&tunnel.device)

@@ -119,6 +119,7 @@ fn is_same_negotiation(old: &Tunnel, new: &Tunnel) -> bool {
         && old.ike == new.ike
         && old.nat == new.nat
         && old.device == new.device
+        && old.engine == new.engine
         && old.children == new.children
 }
 

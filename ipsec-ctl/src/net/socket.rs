@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
@@ -59,7 +59,27 @@ impl Listener {
     ///
     /// `EADDRINUSE` if another IKE daemon runs, `EPERM` without CAP_NET_ADMIN and CAP_NET_BIND_SERVICE.
     pub fn udp(v6: bool, port: u16, mark: u32) -> io::Result<Self> {
+        Self::udp_with(v6, port, mark, |_| Ok(()))
+    }
+
+    /// The same, beside which [`encapsulated`] sockets may be opened.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::udp`].
+    pub fn udp_beside_encapsulated(v6: bool, port: u16, mark: u32) -> io::Result<Self> {
+        // Not SO_REUSEADDR, by which others could take the port as well: this one is for processes of one user.
+        Self::udp_with(v6, port, mark, |socket| socket.set_reuse_port(true))
+    }
+
+    fn udp_with(
+        v6: bool,
+        port: u16,
+        mark: u32,
+        prepare: impl Fn(&Socket) -> io::Result<()>,
+    ) -> io::Result<Self> {
         let socket = open(v6, Type::DGRAM, Protocol::UDP, mark)?;
+        prepare(&socket)?;
         let any: SocketAddr = if v6 {
             socket.set_only_v6(true)?;
             (Ipv6Addr::UNSPECIFIED, port).into()
@@ -211,6 +231,39 @@ impl Listener {
     }
 }
 
+/// Opens a socket through which the kernel opens the encapsulated ESP of one peer (RFC 3948). What is no ESP comes out of
+/// it. On a socket for all peers the kernel would take the ESP of all, also of those whose SAs it does not have.
+///
+/// What has arrived for others while it was not yet connected is handed to `stray`, with its source.
+///
+/// # Errors
+///
+/// `ENOPROTOOPT` where the kernel has no ESP in UDP, and others of socket(7).
+pub fn encapsulated(
+    local: SocketAddr,
+    remote: SocketAddr,
+    mark: u32,
+    mut stray: impl FnMut(SocketAddr, &[u8]),
+) -> io::Result<UdpSocket> {
+    // include/uapi/linux/udp.h
+    const UDP_ENCAP: libc::c_int = 100;
+    const UDP_ENCAP_ESPINUDP: libc::c_int = 2;
+    let socket = open(local.is_ipv6(), Type::DGRAM, Protocol::UDP, mark)?;
+    if local.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_port(true)?;
+    socket.bind(&local.into())?;
+    socket.connect(&remote.into())?;
+    let socket = UdpSocket::from(socket);
+    let mut buffer = vec![0; 65_535];
+    while let Ok((length, source)) = socket.recv_from(&mut buffer) {
+        stray(source, buffer.get(..length).unwrap_or_default());
+    }
+    set_option(&socket, libc::IPPROTO_UDP, UDP_ENCAP, UDP_ENCAP_ESPINUDP)?;
+    Ok(socket)
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -294,7 +347,7 @@ fn open(v6: bool, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socke
 
 /// Sets an integer option for which there is no safe wrapper.
 fn set_option(
-    socket: &Socket,
+    socket: &impl AsRawFd,
     level: libc::c_int,
     option: libc::c_int,
     value: libc::c_int,

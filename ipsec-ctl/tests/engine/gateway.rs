@@ -12,8 +12,8 @@ use ipsec_ctl::{
     dataplane::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
-            ChildId, ChildTrap, Command, Df, Direction, EngineConfig, Event, FastPath, Lifetime,
-            Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+            ChildId, ChildTrap, Command, Df, Direction, EngineChoice, EngineConfig, Event,
+            FastPath, Lifetime, Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
         },
         xdp::engine::Engine,
     },
@@ -156,6 +156,7 @@ pub(crate) fn tunnel(local: u8, remote: u8) -> TunnelSpec {
         name: "office".into(),
         device: "office".into(),
         mtu: None,
+        engine: EngineChoice::Xdp,
         fast_path: FastPath::Off,
         df: Df::Copy,
         clamp_mss: true,

@@ -1,4 +1,13 @@
-//! The kernel's own ESP (XFRM) as a data plane.
+//! The `kernel` engine: the kernel's own ESP (XFRM) carries the packets, behind an xfrm interface for each tunnel.
+//!
+//! [`policies`] decides from plain values which policies the kernel should have; [`engine`] keeps them and the states,
+//! and follows what the kernel reports. Sockets, routes and the XDP program belong to the `xdp` engine, in which a
+//! tunnel of this one lodges.
 
 pub mod algorithms;
+pub mod capabilities;
+mod encap;
+pub mod engine;
+pub mod policies;
 pub mod probe;
+pub mod selectors;

@@ -48,8 +48,10 @@ pub struct TunnelSpec {
     pub id: TunnelId,
     /// Its name in the configuration, for logs and `status`.
     pub name: String,
-    /// Name of its TUN device, at most 15 bytes.
+    /// Name of its device, at most 15 bytes.
     pub device: String,
+    /// What is to carry it.
+    pub engine: EngineChoice,
     /// Fixed device MTU in bytes, or computed from the SAs and the outer path.
     pub mtu: Option<u16>,
     /// Whether XDP and AF_XDP may carry it.
@@ -86,6 +88,19 @@ pub struct SelectorPair {
     pub local: Vec<TrafficSelector>,
     /// The peer's side.
     pub remote: Vec<TrafficSelector>,
+}
+
+/// What is to carry a tunnel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineChoice {
+    /// `xdp` where there is a fast path, else `kernel` where the kernel has what it takes.
+    Auto,
+    /// XDP and AF_XDP, and the slow path in this process.
+    #[default]
+    Xdp,
+    /// The kernel's ESP.
+    Kernel,
 }
 
 /// Whether a tunnel may take the fast path, which netfilter and tc do not see.

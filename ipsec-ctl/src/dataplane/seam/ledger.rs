@@ -23,6 +23,28 @@ pub enum Offload {
     Partial(OffloadReason),
     /// The slow path carries it, for the reason given.
     Declined(OffloadReason),
+    /// The kernel's ESP carries it, for the reason given.
+    Kernel(KernelReason),
+}
+
+/// Why the kernel's ESP carries an SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelReason {
+    /// `engine = "kernel"`.
+    Configured,
+    /// `engine = "auto"`, and there is no fast path on this machine.
+    NoFastPath,
+}
+
+impl KernelReason {
+    /// Its name in JSON, in `status` and in the docs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Configured => "configured",
+            Self::NoFastPath => "no-fast-path",
+        }
+    }
 }
 
 /// Why an SA is not, or not everywhere, on the fast path.

@@ -1,5 +1,9 @@
 //! The engine as the daemon knows it: commands, events and counters in front of tables, devices, routes and threads.
 
+mod lodge;
+
+pub use lodge::Lodge;
+
 use std::{
     collections::HashMap,
     io,

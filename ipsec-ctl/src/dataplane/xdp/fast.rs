@@ -4,11 +4,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use ipsec_common::{Reason, maps::VlanKey};
+use ipsec_common::{Reason, Spi, maps::VlanKey};
 
 use super::{
     af_xdp::socket::CopyMode,
@@ -140,6 +141,26 @@ impl FastPaths {
         }
     }
 
+    /// Lets the ESP of an SA that is not ours pass to the kernel.
+    pub fn pass(&mut self, spi: Spi, destination: IpAddr) {
+        if let Some(carrier) = &mut self.carrier {
+            // No words belong to it.
+            let nowhere = u32::MAX;
+            complain(
+                carrier
+                    .program
+                    .set_inbound(spi, destination, nowhere, false),
+            );
+        }
+    }
+
+    /// Ends [`Self::pass`].
+    pub fn pass_no_more(&mut self, spi: Spi, destination: IpAddr) {
+        if let Some(carrier) = &mut self.carrier {
+            carrier.program.remove_inbound(spi, destination);
+        }
+    }
+
     /// What was decided about an SA last.
     pub fn ledger(&self, id: SaId) -> Option<Ledger> {
         self.sas.get(&id).map(|decided| Ledger {
@@ -205,7 +226,7 @@ impl FastPaths {
     }
 
     /// Makes these the addresses and VLAN devices of this host.
-    pub fn set_host(&mut self, addresses: &[std::net::IpAddr], vlans: &[(VlanKey, u32)]) {
+    pub fn set_host(&mut self, addresses: &[IpAddr], vlans: &[(VlanKey, u32)]) {
         if let Some(carrier) = &mut self.carrier {
             complain(carrier.program.set_addresses(addresses));
             complain(carrier.program.set_vlans(vlans));
@@ -528,11 +549,11 @@ fn fleet_link(index: u32, link: &Interface) -> FleetLink {
     }
 }
 
-/// Whether a link says nothing about the fast path: a VLAN is carried by the interface below it, and the TUN device of
-/// somebody else has no Ethernet.
+/// Whether a link says nothing about the fast path: a VLAN is carried by the interface below it, and neither the TUN device
+/// of somebody else nor an xfrm interface has Ethernet.
 fn is_above_others(link: &Link) -> bool {
     match link.kind.as_deref() {
-        Some("vlan") => true,
+        Some("vlan" | "xfrm") => true,
         Some("tun") => link.mac.is_empty(),
         _ => false,
     }

@@ -190,7 +190,7 @@ impl<S: SlowExit> Gateway<S> {
                 inner,
                 tunnel,
             } => self.deliver(frame, packet, &inner, &tunnel),
-            Inbound::Dummy => Ok(Verdict::Done),
+            Inbound::Dummy | Inbound::Elsewhere => Ok(Verdict::Done),
             Inbound::Drop(reason) => Err(reason),
         }
     }

@@ -50,6 +50,8 @@ pub enum Inbound {
     },
     /// A dummy packet, which ends here without being an error.
     Dummy,
+    /// It is another engine's: this is a copy, or one that the kernel could not take.
+    Elsewhere,
     /// It goes nowhere.
     Drop(Reason),
 }
@@ -85,6 +87,9 @@ impl InboundPipeline {
             return Inbound::Drop(Reason::Malformed);
         };
         let Some(sa) = self.tables.inbound(spi, arrival.destination) else {
+            if self.tables.passes(spi, arrival.destination) {
+                return Inbound::Elsewhere;
+            }
             self.report_unknown(spi, arrival, now);
             return Inbound::Drop(Reason::UnknownSpi);
         };

@@ -4,7 +4,7 @@
 //! install costs the same whether there are ten SAs or ten thousand.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hash, Hasher},
     net::IpAddr,
     sync::{
@@ -158,6 +158,8 @@ pub struct Tables {
     inbound: Box<[Shard]>,
     words: Arc<WordsArray>,
     registry: Mutex<Registry>,
+    /// Inbound SAs of another engine.
+    passed: ArcSwap<HashSet<(Spi, IpAddr)>>,
 }
 
 /// What only commands look at.
@@ -190,7 +192,31 @@ impl Tables {
             inbound: (0..SHARDS).map(|_| Shard::default()).collect(),
             words,
             registry: Mutex::default(),
+            passed: ArcSwap::default(),
         }
+    }
+
+    /// Notes that an inbound SA is another engine's.
+    pub fn pass(&self, spi: Spi, destination: IpAddr) {
+        self.passed.rcu(|passed| {
+            let mut passed = HashSet::clone(passed);
+            passed.insert((spi, destination));
+            passed
+        });
+    }
+
+    /// Ends [`Self::pass`].
+    pub fn pass_no_more(&self, spi: Spi, destination: IpAddr) {
+        self.passed.rcu(|passed| {
+            let mut passed = HashSet::clone(passed);
+            passed.remove(&(spi, destination));
+            passed
+        });
+    }
+
+    /// Whether an inbound SA is another engine's.
+    pub fn passes(&self, spi: Spi, destination: IpAddr) -> bool {
+        self.passed.load().contains(&(spi, destination))
     }
 
     /// The tunnel of that id.

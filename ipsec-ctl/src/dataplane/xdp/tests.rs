@@ -20,8 +20,9 @@ use crate::{
     dataplane::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
-            ChildId, ChildTrap, Df, Direction, Event, FastPath, Lifetime, LifetimeKind, Outer,
-            Rejected, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+            ChildId, ChildTrap, Df, Direction, EngineChoice, Event, FastPath, Lifetime,
+            LifetimeKind, Outer, Rejected, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec,
+            UdpEncap,
         },
     },
     esp::{EspKeys, EspSuite, Integrity},
@@ -72,6 +73,7 @@ fn tunnel_spec(local: u8, remote: u8) -> TunnelSpec {
         name: "office".into(),
         device: "office".into(),
         mtu: None,
+        engine: EngineChoice::Xdp,
         fast_path: FastPath::Auto,
         df: Df::Copy,
         clamp_mss: true,

@@ -4,6 +4,7 @@
 //! refusal, dumps of policies, the lengths it takes for granted) is here.
 
 mod connection;
+mod interface;
 mod policy;
 mod state;
 mod watch;
@@ -12,6 +13,7 @@ mod watch;
 mod tests;
 
 pub use connection::Xfrm;
+pub use interface::XfrmInterface;
 pub use policy::{Action, Policy, PolicyDirection, PortMask, Selector, Template};
 pub use state::{Algorithms, Encap, Limits, Replay, State, StateId, StateStatus};
 pub use watch::{Notice, Watch};

@@ -316,7 +316,7 @@ impl SlowPath {
                     self.counters.count(Reason::SendFailed);
                 }
             }
-            Inbound::Dummy => {}
+            Inbound::Dummy | Inbound::Elsewhere => {}
             Inbound::Drop(reason) => self.counters.count(reason),
         }
     }

@@ -62,7 +62,7 @@ impl Sockets {
             let listener = match kind {
                 Kind::Esp => Listener::esp(v6, mark),
                 Kind::Ike => Listener::udp(v6, ike_port, mark),
-                Kind::Nat => Listener::udp(v6, nat_port, mark),
+                Kind::Nat => Listener::udp_beside_encapsulated(v6, nat_port, mark),
             }?;
             let event = EpollEvent::new(EpollFlags::EPOLLIN, inlets.len() as u64);
             ready.add(listener.as_fd(), event)?;
@@ -202,7 +202,7 @@ fn sequence(packet: &[u8], ip_bytes: usize, protocol_at: usize) -> u32 {
 
 /// What a datagram on the port of encapsulated ESP is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Datagram {
+pub(in crate::dataplane) enum Datagram {
     /// An IKE message, which starts at this offset.
     Ike(usize),
     /// ESP.
@@ -212,7 +212,7 @@ pub(super) enum Datagram {
 }
 
 impl Datagram {
-    pub(super) fn of(bytes: &[u8]) -> Self {
+    pub(in crate::dataplane) fn of(bytes: &[u8]) -> Self {
         match bytes.first_chunk::<4>() {
             // RFC 3948 section 2.3: a keep-alive is the one byte 0xff, and is to be ignored.
             None => Self::Nothing,

@@ -1,0 +1,89 @@
+//! The sockets through which the kernel opens ESP in UDP: one for each peer behind a NAT, connected to it.
+
+use std::{collections::HashMap, io, net::SocketAddr};
+
+use tokio::{net::UdpSocket, task::JoinHandle};
+
+use crate::{
+    dataplane::{
+        seam::{Event, IkeDatagram},
+        xdp::{engine::Lodge, slow::sockets::Datagram},
+    },
+    net::socket::encapsulated,
+};
+
+/// Our address and port, and the peer's.
+type Pair = (SocketAddr, SocketAddr);
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    open: HashMap<Pair, Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    /// SAs that need it.
+    users: usize,
+    reader: JoinHandle<()>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Sockets {
+    /// Has a socket for one more SA.
+    pub(super) fn take(&mut self, pair: Pair, lodge: &Lodge) -> io::Result<()> {
+        if let Some(open) = self.open.get_mut(&pair) {
+            open.users += 1;
+            return Ok(());
+        }
+        let (local, remote) = pair;
+        let socket = encapsulated(local, remote, lodge.mark(), |source, bytes| {
+            deliver(lodge, local, source, bytes);
+        })?;
+        let reader = tokio::spawn(read(UdpSocket::from_std(socket)?, local, lodge.clone()));
+        self.open.insert(pair, Open { users: 1, reader });
+        Ok(())
+    }
+
+    /// One SA needs it no more.
+    pub(super) fn leave(&mut self, pair: Pair) {
+        if let Some(open) = self.open.get_mut(&pair) {
+            open.users -= 1;
+            if open.users == 0 {
+                self.open.remove(&pair);
+            }
+        }
+    }
+}
+
+/// Hands what is no ESP to the daemon.
+async fn read(socket: UdpSocket, local: SocketAddr, lodge: Lodge) {
+    let mut buffer = vec![0; 65_535];
+    loop {
+        // Errors are those of earlier datagrams (ICMP), which reading them clears.
+        if let Ok((length, source)) = socket.recv_from(&mut buffer).await {
+            deliver(
+                &lodge,
+                local,
+                source,
+                buffer.get(..length).unwrap_or_default(),
+            );
+        }
+    }
+}
+
+/// Only what is marked as IKE: ESP that comes out here belongs to no SA of the kernel.
+fn deliver(lodge: &Lodge, local: SocketAddr, remote: SocketAddr, bytes: &[u8]) {
+    if let Datagram::Ike(at) = Datagram::of(bytes) {
+        lodge.send(Event::Ike(IkeDatagram {
+            local,
+            remote,
+            bytes: bytes.get(at..).unwrap_or_default().to_vec(),
+        }));
+    }
+}

@@ -1,0 +1,171 @@
+//! What others have removed is put back, and what a former life has left is taken away.
+
+use std::collections::{BTreeSet, HashSet};
+
+use super::{Everything, Inner, is_ours, refused, used};
+use crate::{
+    dataplane::seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
+    net::xfrm::{Policy, StateId},
+};
+
+impl Inner {
+    /// The policies with a number that the kernel has.
+    pub(super) fn policies_of(&self, if_id: u32) -> Result<BTreeSet<Policy>, Rejected> {
+        let policies = self.xfrm.policies().map_err(refused)?;
+        Ok(policies
+            .into_iter()
+            .filter(|policy| policy.if_id == if_id)
+            .collect())
+    }
+
+    /// Removes states with the number of a tunnel that are none of its SAs.
+    pub(super) fn remove_strange_states(&self, all: &Everything, if_id: u32) {
+        let Ok(states) = self.xfrm.states() else {
+            return;
+        };
+        let known: HashSet<StateId> = all.sas.values().map(|sa| sa.state).collect();
+        for state in states
+            .iter()
+            .filter(|state| state.if_id == if_id && !known.contains(&state.id))
+        {
+            let _ = self.xfrm.remove_state(&state.id);
+        }
+    }
+
+    /// Compares what the kernel has with what it should have.
+    pub(super) async fn repair(&self) {
+        let mut everything = self.state.lock().await;
+        let all = &mut *everything;
+        self.find_lost_states(all);
+        self.restore_policies(all);
+        self.restore_devices(all).await;
+        if all.complete {
+            self.remove_leftovers(all).await;
+        }
+    }
+
+    /// An SA whose state is gone is dead: its keys were the kernel's alone. The daemon negotiates a new one.
+    fn find_lost_states(&self, all: &mut Everything) {
+        let states = match self.xfrm.states() {
+            Ok(states) => states,
+            Err(error) => return tracing::warn!(%error, "IPsec states cannot be listed"),
+        };
+        let there: HashSet<StateId> = states.iter().map(|state| state.id).collect();
+        let lost: Vec<SaId> = all
+            .sas
+            .iter()
+            .filter(|(_, sa)| !there.contains(&sa.state))
+            .map(|(id, _)| *id)
+            .collect();
+        if lost.is_empty() {
+            return;
+        }
+        tracing::warn!(
+            states = lost.len(),
+            "somebody has removed IPsec states of ours: new ones are negotiated"
+        );
+        for sa in lost {
+            if let Err(error) = self.remove(all, sa) {
+                tracing::warn!(%error, "an SA cannot be removed");
+            }
+            self.lodge.send(Event::Lifetime {
+                sa,
+                kind: LifetimeKind::Hard,
+            });
+        }
+    }
+
+    fn restore_policies(&self, all: &mut Everything) {
+        let policies = match self.xfrm.policies() {
+            Ok(policies) => policies,
+            Err(error) => return tracing::warn!(%error, "IPsec policies cannot be listed"),
+        };
+        let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
+        for id in ids {
+            let Some(tunnel) = all.tunnels.get_mut(&id) else {
+                continue;
+            };
+            let there: BTreeSet<Policy> = policies
+                .iter()
+                .filter(|policy| policy.if_id == tunnel.if_id)
+                .copied()
+                .collect();
+            if there == tunnel.policies {
+                continue;
+            }
+            tracing::warn!(
+                tunnel = tunnel.spec.name,
+                "somebody has changed IPsec policies of ours: they are put back"
+            );
+            tunnel.policies = there;
+            if let Err(error) = self.apply(all, id) {
+                tracing::warn!(%error, "policies cannot be put back");
+            }
+        }
+    }
+
+    /// Sets devices up that are down, and creates those anew that are gone.
+    async fn restore_devices(&self, all: &mut Everything) {
+        let (Ok(links), Ok(interfaces)) = (
+            self.netlink.links().await,
+            self.netlink.xfrm_interfaces().await,
+        ) else {
+            return tracing::warn!("links cannot be listed");
+        };
+        let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
+        for id in ids {
+            let Some(tunnel) = all.tunnels.get(&id) else {
+                continue;
+            };
+            let there = interfaces
+                .iter()
+                .any(|one| one.index == tunnel.ifindex && one.if_id == tunnel.if_id);
+            let up = links
+                .iter()
+                .any(|link| link.index == tunnel.ifindex && link.up);
+            if there && up {
+                continue;
+            }
+            let (device, if_id) = (tunnel.spec.device.clone(), tunnel.if_id);
+            tracing::info!(tunnel = tunnel.spec.name, "the device was down or gone");
+            if !there {
+                if let Err(error) = self.netlink.add_xfrm_interface(&device, if_id).await {
+                    tracing::warn!(%error, "the device of a tunnel cannot be created");
+                    continue;
+                }
+                if let (Ok(Some(link)), Some(tunnel)) =
+                    (self.netlink.link(&device).await, all.tunnels.get_mut(&id))
+                {
+                    tunnel.ifindex = link.index;
+                }
+            }
+            if let Err(error) = self.bring_up(all, id).await {
+                tracing::warn!(%error, "the device of a tunnel cannot be set up");
+            }
+            self.fit_mtu(all, id).await;
+        }
+    }
+
+    /// Takes away what has a number of ours and belongs to no tunnel.
+    async fn remove_leftovers(&self, all: &Everything) {
+        let used = used(all);
+        let stray = |if_id: u32| is_ours(if_id) && !used.contains(&if_id);
+        for interface in self.netlink.xfrm_interfaces().await.unwrap_or_default() {
+            if stray(interface.if_id)
+                && let Err(error) = self.netlink.remove_link(interface.index).await
+            {
+                tracing::warn!(%error, "a leftover stays");
+            }
+        }
+        for state in self.xfrm.states().unwrap_or_default() {
+            if stray(state.if_id) {
+                let _ = self.xfrm.remove_state(&state.id);
+            }
+        }
+        for policy in self.xfrm.policies().unwrap_or_default() {
+            if stray(policy.if_id) {
+                let _ = self.xfrm.remove_policy(&policy);
+            }
+        }
+    }
+}

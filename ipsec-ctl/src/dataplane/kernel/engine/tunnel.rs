@@ -1,0 +1,286 @@
+//! A tunnel of the engine: its xfrm interface and its policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    Everything, FIRST_IF_ID, FIRST_REQID, Inner, LAST_IF_ID, is_ours, refused, rejected,
+    selectors_of, used,
+};
+use crate::{
+    dataplane::{
+        kernel::policies::{ChildPlan, backstops, covers_ipv6, plan},
+        seam::{ChildId, Df, Event, KernelReason, Rejected, SaId, TunnelId, TunnelSpec},
+        xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
+    },
+    net::{sysctl, xfrm::Policy},
+};
+
+/// A tunnel.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    pub(super) spec: TunnelSpec,
+    /// Why it is here.
+    pub(super) reason: KernelReason,
+    /// Number of its interface, states and policies.
+    pub(super) if_id: u32,
+    pub(super) ifindex: u32,
+    pub(super) mtu: u16,
+    /// What the states of its children have.
+    reqids: BTreeMap<ChildId, u32>,
+    /// The SAs that send.
+    pub(super) outbound: BTreeMap<ChildId, SaId>,
+    /// What the kernel has.
+    pub(super) policies: BTreeSet<Policy>,
+}
+
+impl Tunnel {
+    pub(super) fn reqid(&self, child: ChildId) -> Option<u32> {
+        self.reqids.get(&child).copied()
+    }
+
+    pub(super) fn child_of(&self, reqid: u32) -> Option<ChildId> {
+        let found = self.reqids.iter().find(|(_, one)| **one == reqid);
+        found.map(|(child, _)| *child)
+    }
+
+    pub(super) fn clears_df(&self) -> bool {
+        self.spec.df == Df::Clear
+    }
+}
+
+impl Inner {
+    pub(super) async fn set_tunnel(
+        &self,
+        all: &mut Everything,
+        spec: TunnelSpec,
+        reason: KernelReason,
+    ) -> Result<(), Rejected> {
+        if spec.df == Df::Set {
+            return Err(rejected(
+                "set up the tunnel",
+                &"the kernel cannot always set the don't-fragment bit: use df = \"copy\" or engine = \"xdp\"",
+            ));
+        }
+        let id = spec.id;
+        let old = all.tunnels.remove(&id);
+        if let Some(old) = &old
+            && old.spec.device != spec.device
+        {
+            self.netlink
+                .remove_link(old.ifindex)
+                .await
+                .map_err(refused)?;
+        }
+        let (if_id, policies) = match &old {
+            Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
+            Some(_) | None => self.create(all, &spec.device).await?,
+        };
+        let link = self.netlink.link(&spec.device).await.map_err(refused)?;
+        let ifindex = link
+            .ok_or_else(|| rejected("look the xfrm interface up", &"it is gone"))?
+            .index;
+        let mut reqids: BTreeMap<ChildId, u32> = old
+            .as_ref()
+            .map(|old| old.reqids.clone())
+            .unwrap_or_default();
+        for child in &spec.children {
+            reqids.entry(child.id).or_insert_with(|| {
+                all.next_reqid += 1;
+                FIRST_REQID + all.next_reqid
+            });
+        }
+        let outbound = old.map(|old| old.outbound).unwrap_or_default();
+        let tunnel = Tunnel {
+            reason,
+            if_id,
+            ifindex,
+            mtu: spec.mtu.unwrap_or(MTU_WITHOUT_SA),
+            reqids,
+            outbound,
+            policies,
+            spec,
+        };
+        all.tunnels.insert(id, tunnel);
+        self.apply(all, id)?;
+        self.bring_up(all, id).await?;
+        self.fit_mtu(all, id).await;
+        Ok(())
+    }
+
+    /// Creates the device, or takes over the one that a former life has left; returns its number and its policies.
+    async fn create(
+        &self,
+        all: &mut Everything,
+        device: &str,
+    ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
+        let mut used = used(all);
+        let link = self.netlink.link(device).await.map_err(refused)?;
+        match link.as_ref().and_then(|link| link.kind.as_deref()) {
+            Some("xfrm") => {
+                let interfaces = self.netlink.xfrm_interfaces().await.map_err(refused)?;
+                let left = interfaces.iter().find(|one| one.name == device);
+                if let Some(left) = left {
+                    if is_ours(left.if_id) && !used.contains(&left.if_id) {
+                        // Nobody has the keys of its states any more, and so cannot say where their numbers stand.
+                        self.remove_strange_states(all, left.if_id);
+                        return Ok((left.if_id, self.policies_of(left.if_id)?));
+                    }
+                    self.netlink
+                        .remove_link(left.index)
+                        .await
+                        .map_err(refused)?;
+                }
+            }
+            // The tunnel was the other engine's.
+            Some("tun") => {
+                let index = link.map_or(0, |link| link.index);
+                self.netlink.remove_link(index).await.map_err(refused)?;
+            }
+            Some(_) | None => {}
+        }
+        let taken = match all.taken.take() {
+            Some(taken) => taken,
+            None => {
+                let interfaces = self.netlink.xfrm_interfaces().await.map_err(refused)?;
+                interfaces.iter().map(|one| one.if_id).collect()
+            }
+        };
+        used.extend(&taken);
+        all.taken = Some(taken);
+        let if_id = (FIRST_IF_ID..=LAST_IF_ID)
+            .find(|number| !used.contains(number))
+            .ok_or(Rejected::Full)?;
+        // Before there is an interface that they are for.
+        let policies: BTreeSet<Policy> = backstops(if_id).into_iter().collect();
+        for policy in &policies {
+            self.xfrm.set_policy(policy).map_err(refused)?;
+        }
+        self.netlink
+            .add_xfrm_interface(device, if_id)
+            .await
+            .map_err(refused)?;
+        Ok((if_id, policies))
+    }
+
+    /// Gives the device addresses and routes, and sets it up.
+    pub(super) async fn bring_up(&self, all: &Everything, id: TunnelId) -> Result<(), Rejected> {
+        let Some(tunnel) = all.tunnels.get(&id) else {
+            return Err(Rejected::UnknownTunnel);
+        };
+        let (spec, index) = (&tunnel.spec, tunnel.ifindex);
+        let addresses = &spec.routing.addresses;
+        if !addresses.iter().any(|net| net.addr().is_ipv6()) {
+            // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
+            let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
+        }
+        self.netlink.set_up(index).await.map_err(refused)?;
+        for &address in addresses {
+            self.netlink
+                .add_address(index, address)
+                .await
+                .map_err(refused)?;
+        }
+        self.lodge
+            .set_routes(id, &spec.device, index, &spec.routing)
+            .await
+    }
+
+    pub(super) async fn remove_tunnel(
+        &self,
+        all: &mut Everything,
+        id: TunnelId,
+    ) -> Result<(), Rejected> {
+        if !all.tunnels.contains_key(&id) {
+            return Err(Rejected::UnknownTunnel);
+        }
+        let sas = all.sas.iter().filter(|(_, sa)| sa.tunnel == id);
+        for sa in sas.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.forget(all, sa);
+        }
+        let Some(tunnel) = all.tunnels.remove(&id) else {
+            return Err(Rejected::UnknownTunnel);
+        };
+        self.lodge.remove_routes(id).await;
+        let removed = self.netlink.remove_link(tunnel.ifindex).await;
+        for policy in &tunnel.policies {
+            self.xfrm.remove_policy(policy).map_err(refused)?;
+        }
+        removed.map_err(refused)
+    }
+
+    /// Gives the kernel the policies that a tunnel should have now: new ones first, so that there is no gap.
+    pub(super) fn apply(&self, all: &mut Everything, id: TunnelId) -> Result<(), Rejected> {
+        let Some(tunnel) = all.tunnels.get(&id) else {
+            return Ok(());
+        };
+        let children: Vec<_> = tunnel
+            .spec
+            .children
+            .iter()
+            .filter_map(|child| {
+                let peer = tunnel.spec.routing.peer;
+                Some(ChildPlan {
+                    number: child.id.0,
+                    reqid: tunnel.reqid(child.id)?,
+                    outbound: tunnel
+                        .outbound
+                        .get(&child.id)
+                        .and_then(|sa| all.sas.get(sa))
+                        .map(|sa| (sa.spi, sa.outer, &sa.selectors)),
+                    inbound: selectors_of(&all.sas, id, child.id),
+                    trap: peer
+                        .filter(|_| child.on_demand)
+                        .map(|peer| (&child.selectors, peer)),
+                })
+            })
+            .collect();
+        let wanted = plan(tunnel.if_id, &children).map_err(|error| {
+            rejected(
+                &format!("describe the selectors of {}", tunnel.spec.name),
+                &error,
+            )
+        })?;
+        let Some(tunnel) = all.tunnels.get_mut(&id) else {
+            return Ok(());
+        };
+        for policy in wanted.difference(&tunnel.policies) {
+            self.xfrm.set_policy(policy).map_err(refused)?;
+        }
+        let replaced = |old: &Policy| {
+            let mut wanted = wanted.iter();
+            wanted.any(|new| (new.direction, new.selector) == (old.direction, old.selector))
+        };
+        for policy in tunnel.policies.difference(&wanted) {
+            if !replaced(policy) {
+                self.xfrm.remove_policy(policy).map_err(refused)?;
+            }
+        }
+        tunnel.policies = wanted;
+        Ok(())
+    }
+
+    /// Gives the device the MTU that its SAs and their paths leave.
+    pub(super) async fn fit_mtu(&self, all: &mut Everything, id: TunnelId) {
+        let Some(tunnel) = all.tunnels.get_mut(&id) else {
+            return;
+        };
+        let sending = tunnel.outbound.values().filter_map(|sa| all.sas.get(sa));
+        let (mut least, mut v6) = (None::<u16>, false);
+        for sa in sending {
+            least = least.into_iter().chain(sa.inner_mtu).min();
+            v6 |= covers_ipv6(&sa.selectors);
+        }
+        let computed = least.map_or(MTU_WITHOUT_SA, |least| {
+            // RFC 8200 section 5: IPv6 needs so much of every link; the kernel fragments outside.
+            if v6 { least.max(LEAST_IPV6_MTU) } else { least }
+        });
+        let mtu = tunnel.spec.mtu.unwrap_or(computed);
+        if let Err(error) = self.netlink.set_mtu(tunnel.ifindex, mtu.into()).await {
+            tracing::warn!(%error, mtu, "the MTU of a tunnel's device cannot be set");
+        }
+        if mtu != tunnel.mtu {
+            tunnel.mtu = mtu;
+            self.lodge.send(Event::MtuChanged { tunnel: id, mtu });
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Which policies a tunnel needs: a pure function of its children and of the SAs that they have.
+//!
+//! All belong to the tunnel's xfrm interface, so that those of two tunnels cannot meet. What no child's selectors match
+//! meets a policy that blocks: an xfrm interface without SAs lets nothing through in either direction.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipsec_common::{Spi, TrafficSelector};
+
+use super::selectors::{Inexpressible, between};
+use crate::{
+    dataplane::seam::{Outer, SelectorPair},
+    net::xfrm::{Action, Policy, PolicyDirection, PortMask, Selector, Template},
+};
+
+/// Children are asked in the order of the configuration, from here on.
+const FIRST_CHILD: u32 = 0x1000;
+/// The backstop comes last.
+const BACKSTOP: u32 = u32::MAX;
+
+/// A child, as far as policies are concerned.
+#[derive(Debug)]
+pub struct ChildPlan<'a> {
+    /// Its place in the configuration.
+    pub number: u32,
+    /// Of its states.
+    pub reqid: u32,
+    /// Selectors and outer addresses of the SA that sends.
+    pub outbound: Option<(Spi, Outer, &'a SelectorPair)>,
+    /// Selectors of the SAs that receive.
+    pub inbound: Vec<&'a SelectorPair>,
+    /// Where a packet is to ask for an SA while none sends: the configured selectors, and the peer.
+    pub trap: Option<(&'a SelectorPair, IpAddr)>,
+}
+
+/// The policies of a tunnel.
+///
+/// # Errors
+///
+/// [`Inexpressible`] for selectors that the kernel has no words for.
+pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, Inexpressible> {
+    let mut plan = Plan {
+        if_id,
+        policies: BTreeMap::new(),
+    };
+    for child in children {
+        let priority = FIRST_CHILD.saturating_add(child.number);
+        match (&child.outbound, &child.trap) {
+            (Some((spi, outer, selectors)), _) => plan.add(
+                PolicyDirection::Out,
+                between(&selectors.local, &selectors.remote)?,
+                priority,
+                |_| Template {
+                    source: outer.local,
+                    destination: outer.remote,
+                    // This SA and no other: which of several takes the traffic is the daemon's to say.
+                    spi: spi.0,
+                    reqid: child.reqid,
+                },
+            ),
+            (None, Some((selectors, peer))) => plan.add(
+                PolicyDirection::Out,
+                between(&selectors.local, &selectors.remote)?,
+                priority,
+                |_| Template {
+                    destination: *peer,
+                    ..Template::anywhere(peer.is_ipv6(), child.reqid)
+                },
+            ),
+            (None, None) => {}
+        }
+        for selectors in &child.inbound {
+            for direction in [PolicyDirection::In, PolicyDirection::Forward] {
+                // RFC 4301 section 5.2: what came in an SA must be what the SA was negotiated for. The outer source
+                // may have changed behind a NAT, and the ICV has vouched for the packet.
+                plan.add(
+                    direction,
+                    between(&selectors.remote, &selectors.local)?,
+                    priority,
+                    |selector| Template::anywhere(selector.source.addr().is_ipv6(), child.reqid),
+                );
+            }
+        }
+    }
+    plan.block();
+    Ok(plan.policies.into_values().collect())
+}
+
+/// Policies by what tells them apart in the kernel.
+struct Plan {
+    if_id: u32,
+    policies: BTreeMap<(PolicyDirection, Selector), Policy>,
+}
+
+impl Plan {
+    /// Of two children with the same selector the first one has it.
+    fn add(
+        &mut self,
+        direction: PolicyDirection,
+        selectors: Vec<Selector>,
+        priority: u32,
+        template: impl Fn(&Selector) -> Template,
+    ) {
+        for selector in selectors {
+            self.policies
+                .entry((direction, selector))
+                .or_insert_with(|| Policy {
+                    direction,
+                    selector,
+                    priority,
+                    if_id: self.if_id,
+                    action: Action::Protect(template(&selector)),
+                });
+        }
+    }
+
+    fn block(&mut self) {
+        for policy in backstops(self.if_id) {
+            self.policies
+                .entry((policy.direction, policy.selector))
+                .or_insert(policy);
+        }
+    }
+}
+
+/// What blocks everything on an xfrm interface.
+pub fn backstops(if_id: u32) -> Vec<Policy> {
+    let everything: [IpNet; 2] = [
+        Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into(),
+        Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into(),
+    ];
+    let directions = [
+        PolicyDirection::Out,
+        PolicyDirection::In,
+        PolicyDirection::Forward,
+    ];
+    directions
+        .into_iter()
+        .flat_map(|direction| {
+            everything.into_iter().map(move |net| Policy {
+                direction,
+                selector: Selector {
+                    source: net,
+                    destination: net,
+                    protocol: 0,
+                    source_port: PortMask::default(),
+                    destination_port: PortMask::default(),
+                },
+                priority: BACKSTOP,
+                if_id,
+                action: Action::Block,
+            })
+        })
+        .collect()
+}
+
+/// Whether an IPv6 packet can match.
+pub fn covers_ipv6(selectors: &SelectorPair) -> bool {
+    let v6 = |selector: &TrafficSelector| selector.addresses.0.is_ipv6();
+    selectors.remote.iter().any(v6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(local: &str, remote: &str) -> SelectorPair {
+        let selectors = |net: &str| {
+            let net: IpNet = net.parse().unwrap();
+            vec![TrafficSelector {
+                protocol: 0,
+                ports: (0, u16::MAX),
+                addresses: (net.network(), net.broadcast()),
+            }]
+        };
+        SelectorPair {
+            local: selectors(local),
+            remote: selectors(remote),
+        }
+    }
+
+    const OUTER: Outer = Outer {
+        local: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+        remote: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)),
+        encap: None,
+    };
+
+    fn child(number: u32) -> ChildPlan<'static> {
+        ChildPlan {
+            number,
+            reqid: 100 + number,
+            outbound: None,
+            inbound: Vec::new(),
+            trap: None,
+        }
+    }
+
+    fn of(policies: &BTreeSet<Policy>, direction: PolicyDirection) -> Vec<Policy> {
+        let mut found: Vec<_> = policies
+            .iter()
+            .filter(|policy| policy.direction == direction)
+            .copied()
+            .collect();
+        found.sort_by_key(|policy| policy.priority);
+        found
+    }
+
+    #[test]
+    fn a_tunnel_without_sas_blocks_everything() {
+        let policies = plan(7, &[child(0)]).unwrap();
+        assert_eq!(policies.len(), 6);
+        assert!(policies.iter().all(|policy| policy.action == Action::Block
+            && policy.if_id == 7
+            && policy.priority == BACKSTOP));
+    }
+
+    #[test]
+    fn traffic_takes_the_sa_that_sends_and_what_comes_must_have_come_in_the_childs() {
+        let selectors = pair("10.1.0.0/24", "10.2.0.0/24");
+        let policies = plan(
+            7,
+            &[ChildPlan {
+                outbound: Some((Spi(9), OUTER, &selectors)),
+                inbound: vec![&selectors, &selectors],
+                trap: Some((&selectors, OUTER.remote)),
+                ..child(0)
+            }],
+        )
+        .unwrap();
+        let out = of(&policies, PolicyDirection::Out);
+        assert_eq!(
+            out[0].action,
+            Action::Protect(Template {
+                source: OUTER.local,
+                destination: OUTER.remote,
+                spi: 9,
+                reqid: 100,
+            })
+        );
+        assert_eq!(out[0].selector.destination, "10.2.0.0/24".parse().unwrap());
+        for direction in [PolicyDirection::In, PolicyDirection::Forward] {
+            let first = of(&policies, direction)[0];
+            assert_eq!(
+                first.action,
+                Action::Protect(Template::anywhere(false, 100))
+            );
+            assert_eq!(first.selector.source, "10.2.0.0/24".parse().unwrap());
+        }
+    }
+
+    #[test]
+    fn a_child_on_demand_asks_for_an_sa() {
+        let selectors = pair("10.1.0.0/24", "10.2.0.0/24");
+        let policies = plan(
+            7,
+            &[ChildPlan {
+                trap: Some((&selectors, OUTER.remote)),
+                ..child(0)
+            }],
+        )
+        .unwrap();
+        let Action::Protect(template) = of(&policies, PolicyDirection::Out)[0].action else {
+            panic!("it blocks");
+        };
+        assert_eq!((template.destination, template.spi), (OUTER.remote, 0));
+        assert_eq!(of(&policies, PolicyDirection::In).len(), 2);
+    }
+
+    #[test]
+    fn of_two_children_with_one_selector_the_first_has_it_and_no_priorities_are_shared() {
+        let wide = pair("0.0.0.0/0", "0.0.0.0/0");
+        let narrow = pair("10.1.0.0/24", "10.2.0.0/24");
+        let sends = |number, selectors| ChildPlan {
+            outbound: Some((Spi(number), OUTER, selectors)),
+            ..child(number)
+        };
+        let policies = plan(7, &[sends(0, &narrow), sends(1, &wide), sends(2, &narrow)]).unwrap();
+        let out = of(&policies, PolicyDirection::Out);
+        let spis: Vec<_> = out
+            .iter()
+            .map(|policy| match policy.action {
+                Action::Protect(template) => template.spi,
+                Action::Block => u32::MAX,
+            })
+            .collect();
+        // The IPv4 backstop has the wide child's selector, which comes first.
+        assert_eq!(spis, [0, 1, u32::MAX]);
+    }
+}

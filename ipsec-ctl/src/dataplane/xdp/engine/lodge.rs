@@ -1,0 +1,83 @@
+//! What this engine does for the tunnels of another one: it has the sockets, the routes and the XDP program.
+
+use std::{net::IpAddr, sync::Arc};
+
+use ipsec_common::Spi;
+
+use super::{Engine, Inner, refused};
+use crate::dataplane::{
+    routing::RoutingSpec,
+    seam::{Event, Rejected, TunnelId},
+};
+
+/// The engine as a host of tunnels that another engine carries. Cheap to clone.
+#[derive(Clone)]
+pub struct Lodge(Arc<Inner>);
+
+impl Engine {
+    /// The engine as a host.
+    pub fn lodge(&self) -> Lodge {
+        Lodge(Arc::clone(&self.inner))
+    }
+
+    /// Whether there is a fast path at all.
+    pub fn has_fast_path(&self) -> bool {
+        self.inner.fast().interfaces().is_some()
+    }
+}
+
+impl Lodge {
+    /// Sends an event to the daemon.
+    pub fn send(&self, event: Event) {
+        self.0.events.send(event);
+    }
+
+    /// Firewall mark of all that is sent.
+    pub fn mark(&self) -> u32 {
+        self.0.config.mark
+    }
+
+    /// UDP port of IKE and ESP behind NAT.
+    pub fn nat_port(&self) -> u16 {
+        self.0.config.nat_port
+    }
+
+    /// Routes into a tunnel's device, with the backstops behind them, from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Rejected::Kernel`].
+    pub async fn set_routes(
+        &self,
+        id: TunnelId,
+        device: &str,
+        ifindex: u32,
+        routing: &RoutingSpec,
+    ) -> Result<(), Rejected> {
+        let mut control = self.0.control.lock().await;
+        control.routing.set(id.0, device, Some(ifindex), routing);
+        // At once: the first packet may come before the keeper does.
+        control.routing.protect(id.0).await.map_err(refused)?;
+        self.0.dirty.notify_one();
+        Ok(())
+    }
+
+    /// Forgets a tunnel's routes.
+    pub async fn remove_routes(&self, id: TunnelId) {
+        self.0.control.lock().await.routing.remove(id.0);
+        self.0.dirty.notify_one();
+    }
+
+    /// Lets the ESP of an inbound SA pass to the kernel: the program does not take it for that of a stranger, nor does the
+    /// slow path, whose raw sockets get a copy.
+    pub fn pass(&self, spi: Spi, local: IpAddr) {
+        self.0.tables.pass(spi, local);
+        self.0.fast().pass(spi, local);
+    }
+
+    /// Ends [`Self::pass`].
+    pub fn pass_no_more(&self, spi: Spi, local: IpAddr) {
+        self.0.fast().pass_no_more(spi, local);
+        self.0.tables.pass_no_more(spi, local);
+    }
+}

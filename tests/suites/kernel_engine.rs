@@ -1,0 +1,387 @@
+//! Tunnels that the kernel's ESP carries: on one side or on both, and what must hold whatever happens to its states.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, ensure};
+use ipsec_ctl::{
+    api::model::State,
+    dataplane::seam::{KernelReason, Offload},
+};
+use ipsec_tests::{
+    capture::Capture,
+    cases,
+    command::wait_for,
+    gateway::{Gateway, Tunnel},
+    pair::{PATIENCE, hosts_are_apart, hosts_talk, start},
+    ping::Ping,
+    suite::{self, Need::*},
+    tcp,
+    topology::{Family, Options, Side, Topology},
+    udp::Flow,
+};
+
+fn main() -> ExitCode {
+    suite::main(&cases![
+        [XfrmInterfaces] the_kernel_carries_a_tunnel_between_two_gateways,
+        [XfrmInterfaces] the_kernel_at_one_end_talks_to_our_own_esp_at_the_other,
+        [XfrmInterfaces] long every_suite_is_carried_whichever_end_is_the_kernels,
+        [XfrmInterfaces] long ipv6_travels_in_ipv6_and_both_families_in_ipv4,
+        [XfrmInterfaces] long everything_goes_into_a_tunnel_beside_a_default_route,
+        [XfrmInterfaces] esp_in_udp_reaches_the_kernel_and_ike_beside_it_the_daemon,
+        [XfrmInterfaces, Nftables] long a_nat_in_between_is_crossed,
+        [XfrmInterfaces] the_first_packet_brings_up_a_tunnel_on_demand,
+        [XfrmInterfaces] nothing_is_lost_while_sas_are_replaced_by_volume,
+        [XfrmInterfaces] what_others_flush_is_put_back_and_nothing_is_in_the_clear,
+        [XfrmInterfaces] nothing_is_in_the_clear_through_kill_and_restart,
+        [XfrmInterfaces] protection_outlives_the_daemon_until_release_and_strangers_are_left_alone,
+        [XfrmInterfaces] long a_reload_moves_a_tunnel_to_the_other_engine,
+    ])
+}
+
+const V4: Family = Family::V4;
+const V6: Family = Family::V6;
+const KERNEL: &str = "engine = \"kernel\"";
+const XDP: &str = "engine = \"xdp\"";
+
+fn ends(family: Family) -> (Tunnel, Tunnel) {
+    (
+        Tunnel::between_sites(Side::A, family),
+        Tunnel::between_sites(Side::B, family).respond(),
+    )
+}
+
+fn is_carried_by_the_kernel(gateway: &Gateway<'_>) -> anyhow::Result<()> {
+    let tunnel = gateway.tunnel("site")?;
+    for direction in [tunnel.children[0].inbound, tunnel.children[0].outbound] {
+        let direction = direction.context("an SA is missing in status")?;
+        ensure!(
+            direction.offload == Offload::Kernel(KernelReason::Configured),
+            "{direction:?}"
+        );
+        ensure!(direction.slow.packets > 0, "{direction:?}");
+        ensure!(direction.sequence > 0, "{direction:?}");
+    }
+    Ok(())
+}
+
+fn the_kernel_carries_a_tunnel_between_two_gateways() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let (a, b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    for from in [Side::A, Side::B] {
+        let transfer = tcp::transfer(
+            topology.host(from),
+            topology.host(from.other()),
+            from.other().host(V4),
+            Duration::from_secs(2),
+            u64::MAX,
+        )?;
+        ensure!(transfer.bytes > 1_000_000, "{transfer}");
+    }
+    is_carried_by_the_kernel(&a)?;
+    is_carried_by_the_kernel(&b)?;
+    let report = capture.stop();
+    report.is_clean()?;
+    ensure!(
+        report.esp > 2000 && report.esp_in_udp == 0,
+        "{}",
+        report.summary()
+    );
+    Ok(())
+}
+
+fn mixed(ike: &str, esp: &str, engines: (&str, &str)) -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, b) = ends(V4);
+    let _gateways = start(
+        &topology,
+        a.suite(ike, esp).with(engines.0),
+        b.suite(ike, esp).with(engines.1),
+    )?;
+    hosts_talk(&topology, V4).with_context(|| format!("{esp}, {engines:?}"))
+}
+
+fn the_kernel_at_one_end_talks_to_our_own_esp_at_the_other() -> anyhow::Result<()> {
+    mixed(
+        "aes256gcm16-prfsha384-x25519",
+        "aes256gcm16-esn",
+        (KERNEL, XDP),
+    )?;
+    mixed("aes256-sha512-ecp521", "aes256-sha512", (XDP, KERNEL))
+}
+
+fn every_suite_is_carried_whichever_end_is_the_kernels() -> anyhow::Result<()> {
+    for (ike, esp) in [
+        ("aes256-sha512-ecp521", "aes256-sha512-esn"),
+        ("aes256gcm16-prfsha384-x25519", "aes256gcm16"),
+        ("chacha20poly1305-prfsha256-x25519", "chacha20poly1305"),
+        ("chacha20poly1305-prfsha256-x25519", "chacha20poly1305-esn"),
+        ("aes128-sha256-modp2048", "aes128-sha256-esn"),
+        ("aes192-sha384-ecp384", "aes192-sha384"),
+        ("aes128gcm16-prfsha256-ecp256", "aes128gcm16"),
+    ] {
+        for engines in [(KERNEL, XDP), (XDP, KERNEL)] {
+            mixed(ike, esp, engines)?;
+        }
+    }
+    Ok(())
+}
+
+fn ipv6_travels_in_ipv6_and_both_families_in_ipv4() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V6);
+    let gateways = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V6)?;
+    capture.stop().is_clean()?;
+    drop(gateways);
+    drop(topology);
+    let topology = Topology::build(Options::default())?;
+    let (mut a, mut b) = ends(V4);
+    for (tunnel, side) in [(&mut a, Side::A), (&mut b, Side::B)] {
+        tunnel.children[0].local.push(side.prefix(V6));
+        tunnel.children[0].remote.push(side.other().prefix(V6));
+    }
+    let _gateways = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    hosts_talk(&topology, V6)
+}
+
+fn everything_goes_into_a_tunnel_beside_a_default_route() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (mut a, mut b) = ends(V4);
+    for tunnel in [&mut a, &mut b] {
+        tunnel.children[0].local = vec!["0.0.0.0/0".to_owned()];
+        tunnel.children[0].remote = vec!["0.0.0.0/0".to_owned()];
+    }
+    let (a, _b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    // The second key exchange must not go into the tunnel either.
+    a.down("site")?;
+    a.up("site")?;
+    a.wait_up("site", PATIENCE)?;
+    hosts_talk(&topology, V4)?;
+    capture.stop().is_clean()
+}
+
+fn esp_in_udp_reaches_the_kernel_and_ike_beside_it_the_daemon() -> anyhow::Result<()> {
+    for (family, engines) in [(V4, (KERNEL, XDP)), (V6, (KERNEL, KERNEL))] {
+        let topology = Topology::build(Options::default())?;
+        let capture = Capture::start(&topology.router)?;
+        let (a, b) = ends(family);
+        let (a, b) = start(
+            &topology,
+            a.with("nat = \"force\"").with(engines.0),
+            b.with(engines.1),
+        )?;
+        hosts_talk(&topology, family).with_context(|| format!("{engines:?}"))?;
+        // The Delete goes through the socket on which the kernel takes the ESP.
+        b.down("site")?;
+        a.wait("site", "down at the peer's wish", PATIENCE, |tunnel| {
+            tunnel.state != State::Up
+        })?;
+        b.up("site")?;
+        a.up("site")?;
+        a.wait_up("site", PATIENCE)?;
+        hosts_talk(&topology, family)?;
+        let report = capture.stop();
+        report.is_clean()?;
+        ensure!(
+            report.esp_in_udp > 2000 && report.esp == 0,
+            "{}",
+            report.summary()
+        );
+    }
+    Ok(())
+}
+
+fn a_nat_in_between_is_crossed() -> anyhow::Result<()> {
+    let topology = Topology::build(Options {
+        nat: true,
+        ..Options::default()
+    })?;
+    let capture = Capture::start(&topology.router)?;
+    let a = Tunnel::between_sites(Side::A, V4).with(KERNEL);
+    let b = Tunnel::between_sites(Side::B, V4)
+        .respond_to_any()
+        .with(KERNEL);
+    let (_a, b) = start(&topology, a, b)?;
+    hosts_talk(&topology, V4)?;
+    let peer = b.tunnel("site")?.ike.context("no IKE SA")?.remote;
+    ensure!(peer.ip() == Side::B.router(V4), "{peer}");
+    capture.stop().is_clean()
+}
+
+fn the_first_packet_brings_up_a_tunnel_on_demand() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, b) = ends(V4);
+    let _b = Gateway::start(&topology.gateway_b, &[b.with(KERNEL)])?;
+    let a = a.with("role = \"on-demand\"").with(KERNEL);
+    let a = Gateway::start(&topology.gateway_a, &[a])?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(a.tunnel("site")?.state != State::Up);
+    Ping::to(Side::B.host(V4)).run(&topology.host_a)?;
+    a.wait_up("site", PATIENCE)?;
+    hosts_talk(&topology, V4)
+}
+
+fn nothing_is_lost_while_sas_are_replaced_by_volume() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (mut a, b) = ends(V4);
+    a.children[0]
+        .lines
+        .push("lifetime_packets = 2000".to_owned());
+    let (a, _b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    let spi = || -> anyhow::Result<u32> {
+        let tunnel = a.tunnel("site")?;
+        Ok(tunnel.children[0].outbound.context("no SA")?.spi)
+    };
+    let first = spi()?;
+    let flow = Flow {
+        rate: Some(500),
+        time: Duration::from_secs(12),
+        ..Flow::to(Side::B.host(V4))
+    };
+    let report = flow.run(&topology.host_a, &topology.host_b)?;
+    report.is_perfect()?;
+    ensure!(spi()? != first, "the SA was not replaced");
+    capture.stop().is_clean()?;
+    // Replaced ones linger for what is still on its way.
+    wait_for("replaced SAs to go", Duration::from_secs(40), || {
+        let states = topology.gateway_a.ip("xfrm state count")?;
+        Ok(states.contains("SAD count 2").then_some(()))
+    })
+}
+
+/// Pings until one is answered.
+fn heals(topology: &Topology, what: &str) -> anyhow::Result<()> {
+    wait_for(what, PATIENCE, || {
+        let ping = Ping::to(Side::B.host(V4)).count(2);
+        let report = ping.run(&topology.host_a)?;
+        Ok(report.all_answered().is_ok().then_some(()))
+    })
+}
+
+fn what_others_flush_is_put_back_and_nothing_is_in_the_clear() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let (a, _b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    for what in ["policy flush", "state flush"] {
+        topology.gateway_a.ip(&format!("xfrm {what}"))?;
+        heals(&topology, &format!("the tunnel to heal from {what}"))?;
+    }
+    topology.gateway_a.ip("link del site")?;
+    heals(&topology, "the tunnel to heal without its device")?;
+    hosts_talk(&topology, V4)?;
+    ensure!(a.has_logged("somebody has"), "{}", a.log(40));
+    capture.stop().is_clean()
+}
+
+fn nothing_is_in_the_clear_through_kill_and_restart() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let mut a = Gateway::prepare(&topology.gateway_a, "", &[a.with(KERNEL)])?;
+    let mut b = Gateway::prepare(&topology.gateway_b, "", &[b.with(KERNEL)])?;
+    for gateway in [&a, &b] {
+        gateway.guard()?;
+    }
+    let endless = |from: Side| {
+        let flow = Flow {
+            rate: Some(200),
+            time: Duration::from_secs(120),
+            ..Flow::to(from.other().host(V4))
+        };
+        flow.start(topology.host(from), topology.host(from.other()))
+    };
+    let flows = [endless(Side::A)?, endless(Side::B)?];
+    for _ in 0..2 {
+        b.run()?;
+        a.run()?;
+        a.wait_up("site", PATIENCE)?;
+        for gateway in [&mut a, &mut b] {
+            // What carries packets may be a process of its own.
+            let _ = gateway.kill_data_plane();
+            gateway.kill()?;
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    b.run()?;
+    a.run()?;
+    a.wait_up("site", PATIENCE)?;
+    hosts_talk(&topology, V4)?;
+    // What the dead ones left is gone.
+    wait_for("leftovers to go", PATIENCE, || {
+        let states = topology.gateway_a.ip("xfrm state count")?;
+        Ok(states.contains("SAD count 2").then_some(()))
+    })?;
+    for flow in flows {
+        flow.cut()?;
+    }
+    capture.stop().is_clean()
+}
+
+fn protection_outlives_the_daemon_until_release_and_strangers_are_left_alone() -> anyhow::Result<()>
+{
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    topology.gateway_a.ip(
+        "xfrm state add src 192.0.2.7 dst 192.0.2.8 proto esp spi 0x777 reqid 3 mode tunnel \
+         aead rfc4106(gcm(aes)) 0x000102030405060708090a0b0c0d0e0f10111213 128 if_id 9",
+    )?;
+    topology
+        .gateway_a
+        .ip("link add foreign type xfrm if_id 9")?;
+    topology
+        .gateway_a
+        .ip("xfrm policy add src 172.16.0.0/16 dst 172.17.0.0/16 dir out action block if_id 9")?;
+    let (a, b) = ends(V4);
+    let (mut a, mut b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    for gateway in [&mut a, &mut b] {
+        let status = gateway.stop()?;
+        ensure!(status.success(), "{status}");
+    }
+    hosts_are_apart(&topology, V4)?;
+    capture.stop().is_clean()?;
+    for gateway in [&a, &b] {
+        gateway.release()?;
+    }
+    hosts_talk(&topology, V4)?;
+    let devices = topology.gateway_a.ip("link show")?;
+    ensure!(
+        !devices.contains("site") && devices.contains("foreign"),
+        "{devices}"
+    );
+    let states = topology.gateway_a.ip("xfrm state count")?;
+    ensure!(states.contains("SAD count 1"), "{states}");
+    let policies = topology.gateway_a.ip("xfrm policy")?;
+    ensure!(
+        policies.contains("172.16.0.0/16") && policies.matches("src").count() == 1,
+        "{policies}"
+    );
+    Ok(())
+}
+
+fn a_reload_moves_a_tunnel_to_the_other_engine() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let (gateway, _b) = start(&topology, a.clone(), b)?;
+    hosts_talk(&topology, V4)?;
+    for (engine, kernel) in [(KERNEL, true), (XDP, false)] {
+        gateway.configure("", &[a.clone().with(engine)])?;
+        gateway.reload()?;
+        gateway.wait_up("site", PATIENCE)?;
+        hosts_talk(&topology, V4).context(engine)?;
+        let carried = is_carried_by_the_kernel(&gateway);
+        ensure!(carried.is_ok() == kernel, "{engine}: {carried:?}");
+    }
+    capture.stop().is_clean()
+}
