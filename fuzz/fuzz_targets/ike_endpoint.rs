@@ -60,6 +60,7 @@ fn peer() -> PeerConfig {
         nat: NatPolicy::Auto,
         fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
+        childless: false,
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),
         lifetime: Duration::from_secs(3600),

@@ -94,6 +94,10 @@ pub struct IkeSa {
     pub nat: String,
     /// Its age.
     pub age_seconds: u64,
+    /// Message ID of our next request.
+    pub next_request: u32,
+    /// Message ID that the peer's next request must have.
+    pub expected_request: u32,
 }
 
 /// One configured child.

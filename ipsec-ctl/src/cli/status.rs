@@ -106,6 +106,13 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
     }
     if let Some(ike) = &tunnel.ike {
         row("IKE SA", ike_sa(ike));
+        row(
+            "message IDs",
+            format!(
+                "next request {}, expected request {}",
+                ike.next_request, ike.expected_request
+            ),
+        );
         row("peers", format!("{} <-> {}", ike.local_id, ike.remote_id));
     }
     if tunnel.fast_path == FastPath::On {
@@ -257,6 +264,8 @@ mod tests {
                 remote_id: "203.0.113.9".to_owned(),
                 nat: "none".to_owned(),
                 age_seconds: 61,
+                next_request: 5,
+                expected_request: 3,
             }),
             children: vec![Child {
                 name: "net".to_owned(),
@@ -294,6 +303,7 @@ mod tests {
             "tunnel office  up, peer 203.0.113.9, initiate",
             "ipx0, MTU 1422",
             "192.0.2.1 <-> 203.0.113.9, aes256-sha512-ecp521, age 1m01s, initiator, NAT none",
+            "next request 5, expected request 3",
             "up, 10.1.0.0/24 <-> 10.2.0.0/24",
             "SPI 0xc0ffee01, 1000 packets, 97.6 KiB, fast 990, slow 10, offloaded, 2 forged",
             "SPI 0x00000007, 1000 packets, 97.6 KiB, fast 990, slow 10, not offloaded (netfilter-rules)",

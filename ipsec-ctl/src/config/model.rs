@@ -92,6 +92,8 @@ pub struct Tunnel {
     pub keepalive: Duration,
     /// Longest IP datagram of IKE in bytes before a message is split (RFC 7383); none to split none.
     pub fragment_size: Option<u16>,
+    /// The IKE SA comes up without a child, where the peer can.
+    pub childless: bool,
     /// Liveness checks.
     pub dpd: Dpd,
     /// Lifetime of the IKE SA.

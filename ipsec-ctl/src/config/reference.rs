@@ -196,6 +196,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "Interval of NAT keep-alives.",
             ),
             key(
+                "childless",
+                "`true`, `false`",
+                "`false`",
+                "As initiator, bring the IKE SA up without a child where the peer can (RFC 6023), and ask for every child by itself: the first one, too, has a key exchange of its own then. As responder such a peer is always served.",
+            ),
+            key(
                 "dpd",
                 "table: `interval`, `timeout`",
                 "`{ interval = \"20s\", timeout = \"60s\" }`",

@@ -65,6 +65,7 @@ pub(super) struct TunnelTable {
     pub(super) nat: Nat,
     pub(super) fragment_size: Option<Spanned<u16>>,
     pub(super) keepalive: Option<Text>,
+    pub(super) childless: Option<bool>,
     #[serde(default)]
     pub(super) dpd: DpdTable,
     pub(super) lifetime: Option<Text>,

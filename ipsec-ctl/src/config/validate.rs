@@ -212,6 +212,7 @@ fn tunnel(
         nat: raw.nat,
         keepalive: duration(raw.keepalive.as_ref(), 20, 1, problems),
         fragment_size: fragment_size(raw.fragment_size.as_ref(), problems),
+        childless: raw.childless.unwrap_or(false),
         dpd: Dpd {
             interval: duration(raw.dpd.interval.as_ref(), 20, 0, problems),
             timeout: duration(raw.dpd.timeout.as_ref(), 60, 5, problems),

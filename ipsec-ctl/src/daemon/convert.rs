@@ -11,8 +11,8 @@ use crate::{
     dataplane::{
         routing::RoutingSpec,
         seam::{
-            ChildId, ChildTrap, Direction, Lifetime, Outer, SaId, SaSpec, SelectorPair, TunnelId,
-            TunnelSpec, UdpEncap,
+            ChildId, ChildTrap, Direction, Flow, Lifetime, Outer, SaId, SaSpec, SelectorPair,
+            TunnelId, TunnelSpec, UdpEncap,
         },
     },
     esp::{EspKeys, EspSuite, Integrity},
@@ -140,6 +140,7 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
         keepalive: tunnel.keepalive,
         dpd_interval: tunnel.dpd.interval,
         dpd_timeout: tunnel.dpd.timeout,
+        childless: tunnel.childless,
         lifetime: tunnel.lifetime,
         children: (0..)
             .zip(&tunnel.children)
@@ -153,6 +154,24 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
             })
             .collect(),
     }
+}
+
+/// The packet that asks for a child, as selectors of our side and of the peer's.
+pub(super) fn packet(flow: &Flow) -> (TrafficSelector, TrafficSelector) {
+    // RFC 7296 section 2.9: a protocol without ports has all of them. What is 0 as a port is so for want of any.
+    let side = |address, port| TrafficSelector {
+        protocol: flow.protocol,
+        ports: if port == 0 {
+            (0, u16::MAX)
+        } else {
+            (port, port)
+        },
+        addresses: (address, address),
+    };
+    (
+        side(flow.source, flow.source_port),
+        side(flow.destination, flow.destination_port),
+    )
 }
 
 /// What the data plane is told of one direction of a negotiated pair of SAs.

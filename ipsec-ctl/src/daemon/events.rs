@@ -285,7 +285,12 @@ impl Gateway {
                     );
                     self.endpoint.handle_command(
                         now,
-                        Command::Acquire(PeerId(tunnel.0), ChildName(child.0), local),
+                        Command::Acquire {
+                            peer: PeerId(tunnel.0),
+                            child: ChildName(child.0),
+                            local,
+                            packet: Some(convert::packet(&flow)),
+                        },
                     );
                 }
             }

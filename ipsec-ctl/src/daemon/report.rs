@@ -197,6 +197,8 @@ impl Gateway {
             remote_id: info.remote_id.to_string(),
             nat: convert::nat_words(info).to_owned(),
             age_seconds: (self.now() - info.since).as_secs(),
+            next_request: info.next_request,
+            expected_request: info.expected_request,
         }
     }
 

@@ -87,6 +87,8 @@ pub struct PeerConfig {
     pub dpd_interval: Duration,
     /// Time after which an unanswered request means that the peer is dead.
     pub dpd_timeout: Duration,
+    /// IKE_AUTH brings no child where the responder allows that (RFC 6023).
+    pub childless: bool,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
     /// Its children, the first of which comes with IKE_AUTH.

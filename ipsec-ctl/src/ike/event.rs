@@ -35,7 +35,16 @@ pub enum Command {
     /// Lets a peer that was taken down come up again when it starts.
     Allow(PeerId),
     /// Traffic asks for a child.
-    Acquire(PeerId, ChildName, SocketAddr),
+    Acquire {
+        /// The peer.
+        peer: PeerId,
+        /// Its child.
+        child: ChildName,
+        /// Our address towards the peer.
+        local: SocketAddr,
+        /// The packet that asks for it, as selectors of our side and of the peer's.
+        packet: Option<(TrafficSelector, TrafficSelector)>,
+    },
     /// Packets that an SA pair has carried so far, which tells whether a silent peer is worth asking.
     Traffic {
         /// The pair.
@@ -130,6 +139,10 @@ pub struct IkeInfo {
     pub nat_remote: bool,
     /// When it was authenticated.
     pub since: Time,
+    /// Message ID of our next request.
+    pub next_request: u32,
+    /// Message ID that the peer's next request must have.
+    pub expected_request: u32,
 }
 
 /// Outer addresses of a pair of ESP SAs. The ports count only with encapsulation.

@@ -23,12 +23,12 @@ pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
 use self::{cookie::Cookies, index::Index, unprotected::Rate};
 use super::{
-    config::{EndpointConfig, PeerId, Role},
+    config::{ChildName, EndpointConfig, PeerId, Role},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
     job::{Job, JobResult},
     message::{ExchangeType, IkeSpi, Message},
     rng::Random,
-    sa::{Closed, FollowUp, IkeSa, Start, State},
+    sa::{Closed, FollowUp, IkeSa, Packet, Start, State},
     time::Time,
 };
 
@@ -230,7 +230,12 @@ impl Endpoint {
                 self.delete_all(now, peer, DownReason::Operator);
             }
             Command::Allow(peer) => self.shared.hold(peer, false),
-            Command::Acquire(peer, child, local) => self.acquire(now, peer, child, local),
+            Command::Acquire {
+                peer,
+                child,
+                local,
+                packet,
+            } => self.acquire(now, (peer, local), child, packet),
             Command::Traffic {
                 sa,
                 inbound,
@@ -279,9 +284,9 @@ impl Endpoint {
     fn acquire(
         &mut self,
         now: Time,
-        peer: PeerId,
-        child: super::config::ChildName,
-        local: SocketAddr,
+        (peer, local): (PeerId, SocketAddr),
+        child: ChildName,
+        packet: Option<Packet>,
     ) {
         self.touch(peer);
         let up = self
@@ -289,10 +294,13 @@ impl Endpoint {
             .values_mut()
             .find(|sa| sa.peer == Some(peer) && sa.state == State::Up);
         match up {
-            Some(sa) => sa.acquire(&mut self.shared, now, child),
+            Some(sa) => sa.acquire(&mut self.shared, now, child, packet),
             None => {
-                if !self.has_ike_sa(peer) && !self.shared.is_backing_off(peer, now) {
-                    self.start(now, peer, local);
+                if !self.has_ike_sa(peer)
+                    && !self.shared.is_backing_off(peer, now)
+                    && let Some(sa) = self.start(now, peer, local)
+                {
+                    sa.note_packet(child, packet);
                 }
             }
         }
@@ -329,11 +337,9 @@ impl Endpoint {
     }
 
     /// Begins an IKE SA with a configured peer, if its address is known.
-    fn start(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
-        let Some(config) = self.shared.peer(peer).cloned() else {
-            return;
-        };
-        let Some(remote) = config.remote else { return };
+    fn start(&mut self, now: Time, peer: PeerId, local: SocketAddr) -> Option<&mut IkeSa> {
+        let config = self.shared.peer(peer).cloned()?;
+        let remote = config.remote?;
         let start = Start {
             id: self.next_id(),
             local,
@@ -341,7 +347,9 @@ impl Endpoint {
             spi: self.new_spi(),
         };
         let sa = IkeSa::start(&mut self.shared, now, &config, &start);
+        let id = sa.id;
         self.insert(sa);
+        self.sas.get_mut(&id)
     }
 
     fn insert(&mut self, sa: IkeSa) {

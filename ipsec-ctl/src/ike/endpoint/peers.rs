@@ -95,12 +95,13 @@ impl Shared {
         self.peer(peer).map(|peer| peer.role)
     }
 
-    /// Peers that may be at an address: those that are configured with it, else those that may be anywhere.
+    /// Peers that may be at an address: those that are configured with it, then those that may be anywhere. Which of them
+    /// it is, its identity tells in IKE_AUTH.
     pub(in crate::ike) fn peers_at(&self, address: IpAddr) -> impl Iterator<Item = &PeerConfig> {
         let at = &self.peers.at;
-        at.get(&Some(address))
-            .or_else(|| at.get(&None))
+        [at.get(&Some(address)), at.get(&None)]
             .into_iter()
+            .flatten()
             .flatten()
             .filter_map(|id| self.peer(*id))
     }

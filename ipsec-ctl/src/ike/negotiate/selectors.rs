@@ -109,7 +109,10 @@ pub struct Narrowed<'a> {
     pub remote: Vec<TrafficSelector>,
 }
 
-/// The child that fits best what the peer wants: one that covers all of it, else the first that has anything in common.
+/// The child that fits best what the peer wants: one that covers all of it, else one that covers the first selector of
+/// either side, else the first that has anything in common.
+// RFC 7296 section 2.9: the first selectors are what the initiator needs most, mostly the packet that made it ask, and a
+// responder that allows them must not narrow them away.
 pub fn choose<'a>(
     children: &'a [ChildConfig],
     local: &[TrafficSelector],
@@ -118,7 +121,16 @@ pub fn choose<'a>(
     let whole = children
         .iter()
         .find(|child| all_covered(&child.local, local) && all_covered(&child.remote, remote));
-    whole.into_iter().chain(children).find_map(|child| {
+    let first = local
+        .first()
+        .zip(remote.first())
+        .and_then(|(local, remote)| {
+            children.iter().find(|child| {
+                all_covered(&child.local, &[*local]) && all_covered(&child.remote, &[*remote])
+            })
+        });
+    let by_fit = whole.into_iter().chain(first).chain(children);
+    by_fit.into_iter().find_map(|child| {
         let narrowed = Narrowed {
             child,
             local: narrowed(&child.local, local),
@@ -236,6 +248,15 @@ mod tests {
         .unwrap();
         assert_eq!(chosen.child.id.0, 1);
         assert_eq!(chosen.local, [selector("10.1.0.7")]);
+        // The first selectors are a packet, which the second child alone has room for.
+        let chosen = choose(
+            &children,
+            &[selector("10.1.0.7"), selector("10.0.0.0-10.255.255.255")],
+            &[selector("10.2.0.77"), selector("10.0.0.0-10.255.255.255")],
+        )
+        .unwrap();
+        assert_eq!(chosen.child.id.0, 1);
+        assert!(all_covered(&chosen.remote, &[selector("10.2.0.77")]));
         assert_eq!(
             choose(&children, &[selector("10.9.0.1")], &[selector("10.2.0.1")]),
             None

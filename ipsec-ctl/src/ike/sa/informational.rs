@@ -2,8 +2,9 @@
 
 use ipsec_common::Spi;
 
-use super::{Closed, Exchange, FollowUp, IkeSa, State, Task};
+use super::{Closed, Exchange, FollowUp, IkeSa, Packet, State, Task};
 use crate::ike::{
+    config::ChildName,
     endpoint::Shared,
     event::{DownReason, FailureReason, Stage},
     exchange::Informational,
@@ -105,15 +106,22 @@ impl IkeSa {
         self.close_with_response(shared, now, DownReason::Protocol, why);
     }
 
+    /// The packet that asks for a child is told to the peer with it.
+    pub(in crate::ike) fn note_packet(&mut self, child: ChildName, packet: Option<Packet>) {
+        self.packets.extend(packet.map(|packet| (child, packet)));
+    }
+
     /// A child that traffic asks for.
     pub(in crate::ike) fn acquire(
         &mut self,
         shared: &mut Shared,
         now: Time,
-        child: crate::ike::config::ChildName,
+        child: ChildName,
+        packet: Option<Packet>,
     ) {
         let refused = self.child_failures > 0 && self.children_at.is_some_and(|at| at > now);
         if self.state == State::Up && !refused && !self.is_busy_with(child) {
+            self.note_packet(child, packet);
             self.push_task(shared, now, Task::Child(child));
         }
     }

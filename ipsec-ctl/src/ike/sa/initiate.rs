@@ -1,11 +1,14 @@
 //! The initiator's side of IKE_SA_INIT and IKE_AUTH (RFC 7296 sections 1.2, 2.6, 2.7 and 2.23).
 
-use std::{collections::VecDeque, net::SocketAddr};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+};
 
 use super::{Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild};
 use crate::ike::{
     Identity,
-    config::{NatPolicy, PeerConfig},
+    config::{ChildName, NatPolicy, PeerConfig},
     crypto::{
         Group,
         auth::{self, Signed},
@@ -20,7 +23,7 @@ use crate::ike::{
         ExchangeType, IkeSpi, Message, MessageId, Payload,
         payload::{
             AuthMethod, Authentication, Identification, KeMethod, KeyExchange, Nonce, Notify,
-            NotifyType, TrafficSelectors,
+            NotifyType,
         },
     },
     negotiate::proposals,
@@ -60,6 +63,7 @@ impl IkeSa {
             keys: None,
             private: None,
             public: Vec::new(),
+            peer_takes_childless: false,
             cookie: Vec::new(),
             detours: 0,
             nonce_i: Vec::new(),
@@ -77,6 +81,7 @@ impl IkeSa {
             job: None,
             asking: None,
             answering: None,
+            packets: BTreeMap::new(),
             children: Vec::new(),
             children_at: None,
             children_since: None,
@@ -243,6 +248,7 @@ impl IkeSa {
                 };
                 self.suite = Some(suite);
                 self.spi_r = message.header.spi_r;
+                self.peer_takes_childless = notifies.has(NotifyType::CHILDLESS_IKEV2_SUPPORTED);
                 self.nonce_r = nonce.bytes().to_vec();
                 self.init_response = bytes.to_vec();
                 self.outstanding = None;
@@ -397,9 +403,15 @@ impl IkeSa {
                 id: &id_body,
             },
         );
-        let first = peer.children.first().map(|child| {
-            PendingChild::of(shared, child, child.local.clone(), child.remote.clone())
-        });
+        let first = peer
+            .children
+            .first()
+            .filter(|_| !(peer.childless && self.peer_takes_childless))
+            .map(|child| {
+                let (local, remote) = (child.local.clone(), child.remote.clone());
+                let packet = self.packets.remove(&child.id);
+                PendingChild::of(shared, child, local, remote).asked_for_by(packet)
+            });
         let spi = first.as_ref().map(|pending| pending.spi_in.to_be_bytes());
         let expected = peer.remote_id.as_ref().map(Identity::to_wire);
         let mut payloads = vec![Payload::IdInitiator(Identification { kind, data: &data })];
@@ -419,8 +431,8 @@ impl IkeSa {
         if let (Some(pending), Some(spi)) = (&first, &spi) {
             payloads.extend([
                 Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, spi, true)),
-                Payload::TsInitiator(TrafficSelectors::new(&pending.local)),
-                Payload::TsResponder(TrafficSelectors::new(&pending.remote)),
+                Payload::TsInitiator(pending.ts_local()),
+                Payload::TsResponder(pending.ts_remote()),
             ]);
         }
         self.local_id = Some(id);
@@ -477,18 +489,18 @@ impl IkeSa {
         }
         self.remote_id = Some(identity);
         self.come_up(shared, now, false);
+        let first = pending.as_ref().map(|pending| pending.child);
         if let Some(pending) = pending {
-            let failed = pending.child;
             match child {
                 Some(offer) => self.first_child_agreed(shared, now, pending, offer),
                 None => self.child_refused(shared, now, pending, notifies),
             }
-            self.ask_for_the_others(shared, failed);
         }
+        self.ask_for_the_others(shared, first);
     }
 
     /// The children that IKE_AUTH had no place for.
-    fn ask_for_the_others(&mut self, shared: &Shared, first: crate::ike::config::ChildName) {
+    fn ask_for_the_others(&mut self, shared: &Shared, first: Option<ChildName>) {
         let others = self
             .peer_config(shared)
             .map(|peer| {
@@ -501,7 +513,7 @@ impl IkeSa {
         self.tasks.extend(
             others
                 .into_iter()
-                .filter(|id| *id != first)
+                .filter(|id| Some(*id) != first)
                 .map(Task::Child),
         );
     }

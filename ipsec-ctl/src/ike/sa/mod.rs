@@ -12,7 +12,11 @@ mod requests;
 mod respond;
 mod timers;
 
-use std::{collections::VecDeque, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +35,7 @@ use super::{
     time::Time,
 };
 
-pub(super) use child::{ChildSa, PendingChild};
+pub(super) use child::{ChildSa, Packet, PendingChild};
 pub(super) use initiate::Start;
 pub(super) use respond::Accept;
 
@@ -188,6 +192,8 @@ pub(super) struct IkeSa {
     keys: Option<IkeKeys>,
     private: Option<PrivateKey>,
     public: Vec<u8>,
+    /// The responder takes IKE_AUTH without a child (RFC 6023).
+    peer_takes_childless: bool,
     cookie: Vec<u8>,
     /// Times that IKE_SA_INIT was begun again at the responder's wish.
     detours: u32,
@@ -207,6 +213,8 @@ pub(super) struct IkeSa {
     /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.
     asking: Option<child::Waiting>,
     answering: Option<child::Waiting>,
+    /// Packets that have asked for children, as selectors of our side and of the peer's.
+    packets: BTreeMap<ChildName, Packet>,
     children: Vec<ChildSa>,
     /// When children that are missing are asked for again, and not before.
     children_at: Option<Time>,
@@ -303,6 +311,8 @@ impl IkeSa {
             nat_local: self.nat.local,
             nat_remote: self.nat.remote,
             since: self.established?,
+            next_request: self.next_request,
+            expected_request: self.expected_request,
         })
     }
 

@@ -22,7 +22,8 @@ use crate::ike::{
     message::{
         ExchangeType, IkeSpi, Message, Payload,
         payload::{
-            AuthMethod, Authentication, Identification, KeMethod, KeyExchange, Nonce, NotifyType,
+            AuthMethod, Authentication, Identification, KeMethod, KeyExchange, Nonce, Notify,
+            NotifyType,
         },
     },
     negotiate::proposals,
@@ -114,6 +115,11 @@ impl IkeSa {
         if self.fragments.agreed {
             payloads.push(fragmentation_supported());
         }
+        // RFC 6023 section 3: only to a responder that says so an initiator may send IKE_AUTH without a child.
+        payloads.push(Payload::Notify(Notify::new(
+            NotifyType::CHILDLESS_IKEV2_SUPPORTED,
+            &[],
+        )));
         let message = Message {
             header: self.header(ExchangeType::IKE_SA_INIT, 0, true),
             payloads,

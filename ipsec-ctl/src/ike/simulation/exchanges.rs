@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use super::{
     network::{Conditions, NatBox},
-    pair::{A, B, PEER, Pair, child, limits, peer, selector},
+    pair::{A, B, PEER, Pair, acquire, child, limits, peer, selector},
 };
 use crate::ike::{
     Identity,
-    config::{ChildName, EndpointConfig, NatPolicy, Role},
+    config::{EndpointConfig, NatPolicy, Role},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -370,7 +370,7 @@ fn a_delete_from_either_side_ends_both() {
         let mut config = peer(B, Role::OnDemand);
         config.role = Role::OnDemand;
         pair.tell_a(Command::SetPeer(Box::new(config)));
-        pair.tell_a(Command::Acquire(PEER, ChildName(0), (A, 500).into()));
+        pair.tell_a(acquire(0, A));
         pair.run(SOON);
         pair.assert_agreement(1);
         if from_a {

@@ -4,11 +4,11 @@ use std::{panic, time::Duration};
 
 use super::{
     network::{Conditions, NatBox, Seeded},
-    pair::{A, B, PEER, Pair, peer},
+    pair::{A, B, PEER, Pair, acquire, peer},
     upkeep::with_children,
 };
 use crate::ike::{
-    config::{ChildName, Role},
+    config::Role,
     event::{Command, FailureReason},
 };
 
@@ -109,11 +109,7 @@ fn whatever_the_operators_do_both_sides_agree_in_the_end() {
                     pair.restart_b(seed);
                     pair.tell_b(Command::SetPeer(Box::new(peer(A, Role::Initiate))));
                 }
-                4 => pair.tell_b(Command::Acquire(
-                    PEER,
-                    ChildName(0),
-                    (pair.b.address, 500).into(),
-                )),
+                4 => pair.tell_b(acquire(0, pair.b.address)),
                 _ => {}
             }
             pair.up_a();

@@ -4,6 +4,7 @@
 //! are run.
 
 mod exchanges;
+mod extensions;
 mod hostile;
 mod lossy;
 mod many;

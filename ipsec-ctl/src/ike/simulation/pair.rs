@@ -80,6 +80,16 @@ pub(super) fn child(id: u32, local: &[&str], remote: &[&str], esp: &str) -> Chil
     }
 }
 
+/// A packet that asks for a child of the peer.
+pub(super) fn acquire(child: u32, local: IpAddr) -> Command {
+    Command::Acquire {
+        peer: PEER,
+        child: ChildName(child),
+        local: (local, 500).into(),
+        packet: None,
+    }
+}
+
 /// A peer with one child and a suite whose key exchange is quick.
 pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
     let (ours, theirs) = if remote == B {
@@ -100,6 +110,7 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
         nat: NatPolicy::Auto,
         fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
+        childless: false,
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),
         lifetime: Duration::from_secs(86_400),

@@ -9,10 +9,10 @@ use ipsec_common::Spi;
 
 use super::{
     network::Conditions,
-    pair::{A, B, PEER, Pair, Side, child, peer},
+    pair::{A, B, PEER, Pair, Side, acquire, child, peer},
 };
 use crate::ike::{
-    config::{ChildName, PeerConfig, Role},
+    config::{PeerConfig, Role},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -70,8 +70,8 @@ fn both_sides_may_ask_for_children_at_the_same_time() {
             with_children(B, Role::Initiate, 4),
             with_children(A, Role::Respond, 4),
         );
-        pair.tell_a(Command::Acquire(PEER, ChildName(2), (A, 500).into()));
-        pair.tell_b(Command::Acquire(PEER, ChildName(3), (B, 500).into()));
+        pair.tell_a(acquire(2, A));
+        pair.tell_b(acquire(3, B));
         pair.run(Duration::from_secs(5));
         pair.assert_agreement(4);
         assert!(pair.a.failures.is_empty() && pair.b.failures.is_empty());

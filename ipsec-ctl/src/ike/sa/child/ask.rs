@@ -9,7 +9,7 @@ use crate::ike::{
     exchange::{ChildOffer, ChildResponse, Notifies},
     message::{
         ExchangeType, Payload,
-        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, Protocol, TrafficSelectors},
+        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, Protocol},
     },
     negotiate::{
         proposals::{self},
@@ -44,7 +44,8 @@ impl IkeSa {
                 .map(|(local, remote)| (vec![*local], vec![*remote])),
         };
         let Some((local, remote)) = sides else { return };
-        let mut pending = PendingChild::of(shared, &config, local, remote);
+        let packet = self.packets.remove(&child);
+        let mut pending = PendingChild::of(shared, &config, local, remote).asked_for_by(packet);
         if pair.is_some() {
             pending.part = Part::Some;
         }
@@ -104,8 +105,8 @@ impl IkeSa {
             }));
         }
         payloads.extend([
-            Payload::TsInitiator(TrafficSelectors::new(&pending.local)),
-            Payload::TsResponder(TrafficSelectors::new(&pending.remote)),
+            Payload::TsInitiator(pending.ts_local()),
+            Payload::TsResponder(pending.ts_remote()),
         ]);
         let exchange = Exchange::Child(pending.clone());
         self.request(

@@ -21,7 +21,7 @@ use crate::ike::{
         Payload,
         payload::{Notify, NotifyType, TrafficSelectors},
     },
-    negotiate::proposals::{self},
+    negotiate::{proposals, selectors},
 };
 
 /// A pair of ESP SAs that is installed.
@@ -44,6 +44,9 @@ pub(in crate::ike) struct ChildSa {
     pub(in crate::ike::sa) standing: Standing,
 }
 
+/// A packet that asks for a child, as selectors of our side and of the peer's.
+pub(in crate::ike) type Packet = (TrafficSelector, TrafficSelector);
+
 /// A child that we have asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::ike) struct PendingChild {
@@ -54,6 +57,8 @@ pub(in crate::ike) struct PendingChild {
     pub(in crate::ike) proposals: Vec<EspProposal>,
     pub(in crate::ike::sa) nonce: Vec<u8>,
     private: Option<PrivateKey>,
+    /// The packet that asked for it, inside its selectors.
+    packet: Option<Packet>,
     /// Which selectors of the configured child it is for.
     pub(in crate::ike::sa) part: Part,
     /// Groups that the responder has asked for instead.
@@ -154,10 +159,41 @@ impl PendingChild {
             proposals: config.proposals.clone(),
             nonce: shared.random_bytes(NONCE_BYTES),
             private: None,
+            packet: None,
             part: Part::Whole,
             detours: 0,
             replaces: None,
         }
+    }
+
+    /// Notes the packet that asks for it, if it is one that its selectors allow.
+    pub(in crate::ike::sa) fn asked_for_by(mut self, packet: Option<Packet>) -> Self {
+        self.packet = packet.filter(|(local, remote)| {
+            selectors::all_covered(&self.local, &[*local])
+                && selectors::all_covered(&self.remote, &[*remote])
+        });
+        self
+    }
+
+    // RFC 7296 section 2.9: the packet that asks for the SAs goes in front of the selectors, so that a responder which
+    // must narrow them keeps what is needed.
+    fn ts_of(
+        first: Option<TrafficSelector>,
+        side: &[TrafficSelector],
+    ) -> TrafficSelectors<'static> {
+        let first = first.filter(|first| side != [*first]);
+        let all: Vec<TrafficSelector> = first.into_iter().chain(side.iter().copied()).collect();
+        TrafficSelectors::new(&all)
+    }
+
+    /// Our side, as it is sent.
+    pub(in crate::ike::sa) fn ts_local(&self) -> TrafficSelectors<'static> {
+        Self::ts_of(self.packet.map(|(local, _)| local), &self.local)
+    }
+
+    /// The peer's side, as it is sent.
+    pub(in crate::ike::sa) fn ts_remote(&self) -> TrafficSelectors<'static> {
+        Self::ts_of(self.packet.map(|(_, remote)| remote), &self.remote)
     }
 
     /// The group that comes first in our proposals.
