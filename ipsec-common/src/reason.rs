@@ -78,10 +78,11 @@ reasons! {
     SlowNextHop = 30, "slow-next-hop", Slow, "the next hop is not known yet";
     SlowPolicy = 31, "slow-policy", Slow, "the tunnel is not offloaded; its ledger says why";
     SlowTunnel = 32, "slow-tunnel", Slow, "from one tunnel into another";
+    Unanswered = 33, "unanswered", Dropped, "waited for an SA on demand that did not come in time";
 }
 
 /// Number of reasons, hence of counters.
-pub const REASONS: u32 = 33;
+pub const REASONS: u32 = 34;
 
 #[cfg(test)]
 mod tests {

@@ -326,7 +326,11 @@ fn the_first_packet_brings_up_a_tunnel_on_demand() -> anyhow::Result<()> {
     let a = Gateway::start(&topology.gateway_a, &[a.with("role = \"on-demand\"")])?;
     std::thread::sleep(Duration::from_secs(1));
     ensure!(a.tunnel("site")?.state != State::Up);
-    Ping::to(Side::B.host(V4)).run(&topology.host_a)?;
+    // Not even that packet is lost: it waits for the SA.
+    Ping::to(Side::B.host(V4))
+        .run(&topology.host_a)?
+        .all_answered()
+        .with_context(|| a.log(20))?;
     a.wait_up("site", PATIENCE)?;
     hosts_talk(&topology, V4)
 }

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Two gateways whose tunnel is on the fast path; none where there is no fast path.
-fn fast_gateways(net: &Net, v6: bool, encap: bool) -> Option<(Gateway, Gateway)> {
+pub(crate) fn fast_gateways(net: &Net, v6: bool, encap: bool) -> Option<(Gateway, Gateway)> {
     let (a, b) = gateways(net, v6, encap);
     for (gateway, local, remote) in [(&a, 1, 2), (&b, 2, 1)] {
         let mut spec = tunnel(local, remote);

@@ -425,6 +425,7 @@ impl Inner {
             && let Some(tunnel) = self.tables.tunnel(spec.tunnel)
         {
             self.fit_mtu(&tunnel).await;
+            self.slow.release(spec.tunnel);
         }
         let inbound = self.tables.inbound_by_id(spec.id);
         Ok(self.fast().install(spec.id, spec.tunnel, inbound))
@@ -590,6 +591,7 @@ impl Inner {
     }
 
     async fn tick(&self) {
+        self.slow.expire_waiting();
         // A firewall that is loaded anew takes our table away with all others.
         self.control.lock().await.routing.keep_guard();
         // Neither firewalls nor changed numbers of queues are notified by all kernels.

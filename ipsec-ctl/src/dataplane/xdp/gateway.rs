@@ -137,6 +137,7 @@ impl<S: SlowExit> Gateway<S> {
         match verdict {
             Outbound::Send(sealed) => self.send_sealed(frame, &sealed),
             Outbound::Drop(reason) => Err(reason),
+            Outbound::Waits => Ok(Verdict::Done),
             // The XDP program passes such packets to the kernel: only while the MTU changes do they come here.
             Outbound::TooBig(_) | Outbound::Fragment(_) => {
                 self.counters.count(Reason::SlowTooLong);

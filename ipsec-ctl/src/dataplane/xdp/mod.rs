@@ -26,6 +26,7 @@ pub mod sa;
 pub mod selectors;
 pub mod slow;
 pub mod table;
+pub mod waiting;
 pub mod words;
 
 #[cfg(test)]

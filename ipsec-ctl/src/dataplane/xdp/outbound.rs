@@ -2,7 +2,7 @@
 //!
 //! Works in place on a frame with room on both sides. Reads no clock, sends nothing, counts nothing but the SA's words.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use arc_swap::Guard;
 use ipsec_common::Reason;
@@ -12,7 +12,8 @@ use super::{
     inner::{Inner, clamp_mss, decrement_ttl},
     sa::{Origin, OutboundSa},
     selectors::{Flow, Match},
-    table::{Settings, Tunnel},
+    table::{Child, Settings, Tunnel},
+    waiting::Turn,
 };
 use crate::dataplane::seam::{self, ChildId, Event, Outer, TunnelId};
 
@@ -30,6 +31,8 @@ pub enum Outbound {
     Send(Sealed),
     /// It goes nowhere.
     Drop(Reason),
+    /// It waits for an SA, as a copy.
+    Waits,
     /// It is too long and must not be fragmented: its sender is told this MTU in bytes.
     TooBig(u16),
     /// It is to be cut into fragments of this many bytes at most, each of which comes here again.
@@ -77,6 +80,29 @@ impl OutboundPipeline {
         origin: Origin,
         now: u64,
     ) -> Outbound {
+        self.carry(tunnel, frame, inner, origin, now, true)
+    }
+
+    /// Seals a packet that has waited for its SA, and so goes past those that still do. It is the slow path's.
+    pub fn process_waited(
+        &self,
+        tunnel: &Tunnel,
+        frame: &mut [u8],
+        inner: Range<usize>,
+        now: u64,
+    ) -> Outbound {
+        self.carry(tunnel, frame, inner, Origin::Slow, now, false)
+    }
+
+    fn carry(
+        &self,
+        tunnel: &Tunnel,
+        frame: &mut [u8],
+        inner: Range<usize>,
+        origin: Origin,
+        now: u64,
+        may_wait: bool,
+    ) -> Outbound {
         let Some(bytes) = frame.get_mut(inner.clone()) else {
             return Outbound::Drop(Reason::Malformed);
         };
@@ -91,10 +117,18 @@ impl OutboundPipeline {
             self.report_recursion(tunnel, &packet.flow, now);
             return Outbound::Drop(Reason::RecursiveRoute);
         }
-        let sa = match self.select(tunnel, &settings, &packet.flow, now) {
-            Ok(sa) => sa,
+        let (child, mut sa) = match self.select(tunnel, &settings, &packet.flow, now) {
+            Ok(found) => found,
             Err(reason) => return Outbound::Drop(reason),
         };
+        if child.on_demand && may_wait && (sa.is_none() || child.waiting.any()) {
+            match wait(child, bytes, &packet, origin, now) {
+                Ok(Turn::Waits) => return Outbound::Waits,
+                Ok(Turn::Full) => return Outbound::Drop(Reason::NoSa),
+                Ok(Turn::Now) => sa = child.outbound.load(),
+                Err(reason) => return Outbound::Drop(reason),
+            }
+        }
         let Some(sa) = sa.as_ref() else {
             return Outbound::Drop(Reason::NoSa);
         };
@@ -154,15 +188,15 @@ impl OutboundPipeline {
         }
     }
 
-    /// The SA of the first child that the packet belongs to.
+    /// The first child that the packet belongs to, and its SA if it has one.
     // RFC 4301 section 4.4.1: the SPD is ordered; a later child does not carry what belongs to an earlier one without SA.
-    fn select(
+    fn select<'a>(
         &self,
         tunnel: &Tunnel,
-        settings: &Settings,
+        settings: &'a Settings,
         flow: &Flow,
         now: u64,
-    ) -> Result<Guard<Option<std::sync::Arc<OutboundSa>>>, Reason> {
+    ) -> Result<(&'a Child, Guard<Option<Arc<OutboundSa>>>), Reason> {
         let mut reason = Reason::OutboundSelectors;
         for child in &settings.children {
             let sa = child.outbound.load();
@@ -173,7 +207,7 @@ impl OutboundPipeline {
             match (matched, sa.is_some()) {
                 (Match::No, _) => {}
                 (Match::NeedsPorts, _) => reason = Reason::FragmentPorts,
-                (Match::Yes, true) => return Ok(sa),
+                (Match::Yes, true) => return Ok((child, sa)),
                 (Match::Yes, false) => {
                     if child.on_demand && self.acquires.pass((tunnel.id, child.id), now) {
                         self.events.send(Event::Acquire {
@@ -182,12 +216,29 @@ impl OutboundPipeline {
                             flow: seam_flow(flow),
                         });
                     }
-                    return Err(Reason::NoSa);
+                    return Ok((child, sa));
                 }
             }
         }
         Err(reason)
     }
+}
+
+/// Lines a packet up behind those that wait for the child's SA.
+fn wait(
+    child: &Child,
+    bytes: &mut [u8],
+    packet: &Inner,
+    origin: Origin,
+    now: u64,
+) -> Result<Turn, Reason> {
+    // It goes on as the slow path's, whose TTL the kernel has decremented.
+    let mut copy = bytes.get(..packet.bytes).unwrap_or_default().to_vec();
+    if origin == Origin::Fast && !decrement_ttl(&mut copy, packet) {
+        return Err(Reason::TtlExpired);
+    }
+    let has_sa = || child.outbound.load().is_some();
+    Ok(child.waiting.line_up(copy, now, has_sa))
 }
 
 /// Too long for the tunnel, which the kernel lets happen only while the MTU changes.

@@ -20,6 +20,7 @@ use super::{
     outer::OuterTemplate,
     sa::{InboundSa, OutboundSa, SaCore},
     selectors::{Flow, Selectors},
+    waiting::Waiting,
     words::WordsArray,
 };
 use crate::dataplane::seam::{
@@ -107,6 +108,8 @@ pub struct Child {
     pub on_demand: bool,
     /// The SA that takes its packets.
     pub outbound: Arc<ArcSwapOption<OutboundSa>>,
+    /// Packets that wait for it.
+    pub waiting: Arc<Waiting>,
 }
 
 type Shard = ArcSwap<Inbound>;
@@ -546,7 +549,7 @@ impl Settings {
 fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
     let kept = |id: ChildId| {
         let child = old?.children.iter().find(|child| child.id == id)?;
-        Some(Arc::clone(&child.outbound))
+        Some((Arc::clone(&child.outbound), Arc::clone(&child.waiting)))
     };
     let settings = Settings {
         name: spec.name.clone(),
@@ -558,11 +561,15 @@ fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
         children: spec
             .children
             .iter()
-            .map(|trap| Child {
-                id: trap.id,
-                selectors: Selectors::new(&trap.selectors),
-                on_demand: trap.on_demand,
-                outbound: kept(trap.id).unwrap_or_default(),
+            .map(|trap| {
+                let (outbound, waiting) = kept(trap.id).unwrap_or_default();
+                Child {
+                    id: trap.id,
+                    selectors: Selectors::new(&trap.selectors),
+                    on_demand: trap.on_demand,
+                    outbound,
+                    waiting,
+                }
             })
             .collect(),
     };

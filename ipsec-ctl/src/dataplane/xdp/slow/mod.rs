@@ -36,7 +36,7 @@ use super::{
     sa::Origin,
     table::{Tables, Tunnel},
 };
-use crate::dataplane::seam::Event;
+use crate::dataplane::seam::{Event, TunnelId};
 
 /// The longest IP packet.
 const LONGEST_PACKET: usize = 65_535;
@@ -148,13 +148,62 @@ impl SlowPath {
     }
 
     fn seal(&self, device: &Device, frame: &mut [u8], inner: Range<usize>, now: u64) {
+        let verdict =
+            self.outbound
+                .process(&device.tunnel, frame, inner.clone(), Origin::Slow, now);
+        self.finish(device, frame, inner, now, verdict);
+    }
+
+    /// Sends what has waited for an SA of the tunnel, wherever there is one now.
+    pub fn release(&self, tunnel: TunnelId) {
+        let Some(device) = self.devices.get(tunnel) else {
+            return;
+        };
+        let settings = device.tunnel.settings.load_full();
+        let now = monotonic_seconds();
+        for child in &settings.children {
+            if !child.waiting.any() || child.outbound.load().is_none() {
+                continue;
+            }
+            child.waiting.release(|packet| {
+                let inner = HEADROOM..HEADROOM + packet.len();
+                let mut frame = vec![0; inner.end + TAILROOM];
+                if let Some(room) = frame.get_mut(inner.clone()) {
+                    room.copy_from_slice(packet);
+                }
+                let verdict =
+                    self.outbound
+                        .process_waited(&device.tunnel, &mut frame, inner.clone(), now);
+                self.finish(&device, &mut frame, inner, now, verdict);
+            });
+        }
+    }
+
+    /// Drops what has waited for an SA for too long.
+    pub fn expire_waiting(&self) {
+        let now = monotonic_seconds();
+        for tunnel in self.tables.tunnels() {
+            for child in &tunnel.settings.load().children {
+                for _ in 0..child.waiting.expire(now) {
+                    self.counters.count(Reason::Unanswered);
+                }
+            }
+        }
+    }
+
+    fn finish(
+        &self,
+        device: &Device,
+        frame: &mut [u8],
+        inner: Range<usize>,
+        now: u64,
+        verdict: Outbound,
+    ) {
         let tunnel = &device.tunnel;
-        match self
-            .outbound
-            .process(tunnel, frame, inner.clone(), Origin::Slow, now)
-        {
+        match verdict {
             Outbound::Send(sealed) => self.send(frame, &sealed),
             Outbound::Drop(reason) => self.counters.count(reason),
+            Outbound::Waits => {}
             Outbound::TooBig(mtu) => {
                 self.counters.count(Reason::TooBig);
                 if let Some(answer) = frame.get(inner).and_then(|packet| too_big(packet, mtu)) {
@@ -189,6 +238,7 @@ impl SlowPath {
             {
                 Outbound::Send(sealed) => self.send(frame, &sealed),
                 Outbound::Drop(reason) => self.counters.count(reason),
+                Outbound::Waits => {}
                 // The MTU has just become smaller still.
                 Outbound::TooBig(_) | Outbound::Fragment(_) => self.counters.count(Reason::TooBig),
             }
