@@ -52,6 +52,9 @@ pub struct Sealed {
     pub in_fragments: bool,
 }
 
+/// A child and its SA, if it has one.
+type Found<'a> = (&'a Child, Guard<Option<Arc<OutboundSa>>>);
+
 /// The outbound half of the pipeline. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct OutboundPipeline {
@@ -196,7 +199,7 @@ impl OutboundPipeline {
         settings: &'a Settings,
         flow: &Flow,
         now: u64,
-    ) -> Result<(&'a Child, Guard<Option<Arc<OutboundSa>>>), Reason> {
+    ) -> Result<Found<'a>, Reason> {
         let mut reason = Reason::OutboundSelectors;
         for child in &settings.children {
             let sa = child.outbound.load();
