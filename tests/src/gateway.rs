@@ -327,6 +327,24 @@ impl<'a> Gateway<'a> {
         self.ask(&["down", tunnel])
     }
 
+    /// Rekeys a tunnel's children.
+    ///
+    /// # Errors
+    ///
+    /// What the daemon said.
+    pub fn rekey(&self, tunnel: &str) -> anyhow::Result<String> {
+        self.ask(&["rekey", tunnel])
+    }
+
+    /// Rekeys a tunnel's IKE SA.
+    ///
+    /// # Errors
+    ///
+    /// What the daemon said.
+    pub fn rekey_ike(&self, tunnel: &str) -> anyhow::Result<String> {
+        self.ask(&["rekey", "--ike", tunnel])
+    }
+
     /// Has the configuration read again.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::model::{Counter, Done, Refused, Status};
+use super::model::{Counter, Done, Refused, Rekey, Status};
 
 /// Time after which a daemon that does not answer is reported.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -94,6 +94,20 @@ impl Client {
     pub async fn down(&self, tunnel: &str) -> Result<Done, ClientError> {
         self.ask(Method::POST, &format!("/tunnels/{}/down", escaped(tunnel)))
             .await
+    }
+
+    /// Rekeys a tunnel's children, or its IKE SA.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn rekey(&self, tunnel: &str, what: Rekey) -> Result<Done, ClientError> {
+        let what = match what {
+            Rekey::Children => "children",
+            Rekey::Ike => "ike",
+        };
+        let target = format!("/tunnels/{}/rekey/{what}", escaped(tunnel));
+        self.ask(Method::POST, &target).await
     }
 
     /// Has the daemon read its configuration again.
@@ -204,6 +218,11 @@ mod tests {
                         remedy: "there is `head office/1`".to_owned(),
                     }))
                     .unwrap(),
+                Request::Rekey(name, what, answer) => answer
+                    .send(Ok(Done {
+                        lines: vec![format!("{name}: {what:?}")],
+                    }))
+                    .unwrap(),
                 Request::Counters(answer) => answer.send(Vec::new()).unwrap(),
                 // Dropping the answer is what a daemon that is stopping does.
                 Request::Status(_) | Request::Down(..) | Request::Reload(_) => {}
@@ -228,6 +247,8 @@ mod tests {
         let error = client.up("branch").await.unwrap_err();
         assert!(matches!(error, ClientError::Refused(_)), "{error}");
         assert_eq!(error.to_string(), "no tunnel `branch`");
+        let rekeyed = client.rekey("head office/1", Rekey::Ike).await.unwrap();
+        assert_eq!(rekeyed.lines, ["head office/1: Ike"]);
         assert_eq!(client.counters().await.unwrap(), []);
         let error = client.reload().await.unwrap_err();
         assert!(

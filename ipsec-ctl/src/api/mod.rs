@@ -21,6 +21,12 @@ pub enum Request {
     Up(String, oneshot::Sender<Result<model::Done, model::Refused>>),
     /// Takes a tunnel down, until it is brought up again.
     Down(String, oneshot::Sender<Result<model::Done, model::Refused>>),
+    /// Rekeys a tunnel's children, or its IKE SA, before their time.
+    Rekey(
+        String,
+        model::Rekey,
+        oneshot::Sender<Result<model::Done, model::Refused>>,
+    ),
     /// Reads the configuration again and changes what differs.
     Reload(oneshot::Sender<Result<model::Done, model::Refused>>),
 }

@@ -155,6 +155,16 @@ pub struct Counter {
     pub meaning: String,
 }
 
+/// What of a tunnel is to be rekeyed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rekey {
+    /// Its children.
+    Children,
+    /// Its IKE SA.
+    Ike,
+}
+
 /// What was done, in words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {

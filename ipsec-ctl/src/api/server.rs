@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     Request,
-    model::{Done, Refused},
+    model::{Done, Refused, Rekey},
 };
 
 /// Why the control socket could not be opened.
@@ -79,6 +79,7 @@ pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) -> i
         .route("/counters", get(counters))
         .route("/tunnels/{name}/up", post(up))
         .route("/tunnels/{name}/down", post(down))
+        .route("/tunnels/{name}/rekey/{what}", post(rekey))
         .route("/reload", post(reload))
         .with_state(requests);
     axum::serve(listener, routes).await
@@ -133,6 +134,15 @@ async fn down(
     Segment(name): Segment<String>,
 ) -> Result<Response, Response> {
     ask(&requests, |answer| Request::Down(name, answer))
+        .await
+        .map(rendered)
+}
+
+async fn rekey(
+    State(requests): Requests,
+    Segment((name, what)): Segment<(String, Rekey)>,
+) -> Result<Response, Response> {
+    ask(&requests, |answer| Request::Rekey(name, what, answer))
         .await
         .map(rendered)
 }

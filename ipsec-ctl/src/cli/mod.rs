@@ -44,6 +44,8 @@ enum Command {
     Up(tunnel::Options),
     /// Take a tunnel down until it is brought up again; what it protects stays blocked.
     Down(tunnel::Options),
+    /// Rekey a tunnel's children, or its IKE SA, before their time; no packet is lost.
+    Rekey(tunnel::RekeyOptions),
     /// Have the daemon read its configuration again; only what changed is touched.
     Reload(tunnel::ReloadOptions),
 }
@@ -64,6 +66,7 @@ pub fn run(cli: Cli) -> miette::Result<()> {
         Command::Counters(options) => counters::run(&options),
         Command::Up(options) => tunnel::up(&options),
         Command::Down(options) => tunnel::down(&options),
+        Command::Rekey(options) => tunnel::rekey(&options),
         Command::Reload(options) => tunnel::reload(&options),
     }
 }

@@ -1,12 +1,23 @@
-//! `ipsec-ctl up`, `down` and `reload`: the daemon is told, and says what it did.
+//! `ipsec-ctl up`, `down`, `rekey` and `reload`: the daemon is told, and says what it did.
 
 use super::{print, remote::Remote};
-use crate::api::model::Done;
+use crate::api::model::{Done, Rekey};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// The tunnel's name in the configuration.
     name: String,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RekeyOptions {
+    /// The tunnel's name in the configuration.
+    name: String,
+    /// Rekey the IKE SA instead of the children.
+    #[arg(long)]
+    ike: bool,
     #[command(flatten)]
     remote: Remote,
 }
@@ -30,6 +41,19 @@ pub(super) fn down(options: &Options) -> miette::Result<()> {
         &options
             .remote
             .ask(async |client| client.down(&options.name).await)?,
+    )
+}
+
+pub(super) fn rekey(options: &RekeyOptions) -> miette::Result<()> {
+    let what = if options.ike {
+        Rekey::Ike
+    } else {
+        Rekey::Children
+    };
+    told(
+        &options
+            .remote
+            .ask(async |client| client.rekey(&options.name, what).await)?,
     )
 }
 

@@ -98,6 +98,8 @@ pub struct Tunnel {
     pub dpd: Dpd,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
+    /// It is replaced by a fresh one, with a new proof of identity, instead of being rekeyed.
+    pub reauth: bool,
     /// Name of its device.
     pub device: String,
     /// Fixed device MTU in bytes.

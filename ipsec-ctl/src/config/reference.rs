@@ -214,6 +214,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "Lifetime of the IKE SA.",
             ),
             key(
+                "reauth",
+                "`true`, `false`",
+                "`false`",
+                "Before its lifetime ends the IKE SA is rekeyed in place; with `true` a fresh one comes up beside it, whose peer proves its identity anew.",
+            ),
+            key(
                 "device",
                 "interface name",
                 "the tunnel's name",

@@ -69,6 +69,7 @@ pub(super) struct TunnelTable {
     #[serde(default)]
     pub(super) dpd: DpdTable,
     pub(super) lifetime: Option<Text>,
+    pub(super) reauth: Option<bool>,
     pub(super) device: Option<Text>,
     pub(super) mtu: Option<Spanned<u16>>,
     pub(super) engine: Option<EngineChoice>,

@@ -218,6 +218,7 @@ fn tunnel(
             timeout: duration(raw.dpd.timeout.as_ref(), 60, 5, problems),
         },
         lifetime: duration(raw.lifetime.as_ref(), 86_400, 60, problems),
+        reauth: raw.reauth.unwrap_or(false),
         mtu: mtu(raw.mtu.as_ref(), &children, problems),
         engine,
         fast_path: raw.fast_path,

@@ -142,6 +142,7 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
         dpd_timeout: tunnel.dpd.timeout,
         childless: tunnel.childless,
         lifetime: tunnel.lifetime,
+        reauth: tunnel.reauth,
         children: (0..)
             .zip(&tunnel.children)
             .map(|(number, child)| ChildConfig {

@@ -76,10 +76,20 @@ impl Gateway {
     pub(super) async fn ike_event(&mut self, event: Event) {
         match event {
             Event::IkeUp(up) => self.ike_up(&up),
+            Event::IkeRekeyed(up) => info!(
+                tunnel = self.name_of(up.peer),
+                spi_i = %up.info.spi_i,
+                spi_r = %up.info.spi_r,
+                suite = %up.info.suite,
+                "IKE SA rekeyed by {}",
+                if up.info.initiator { "us" } else { "the peer" },
+            ),
             Event::IkeDown { peer, reason, .. } => {
                 let tunnel = self.name_of(peer);
                 match reason {
-                    DownReason::Replaced => debug!(tunnel, %reason, "IKE SA closed"),
+                    DownReason::Replaced | DownReason::Rekeyed => {
+                        debug!(tunnel, %reason, "IKE SA closed");
+                    }
                     _ => info!(tunnel, %reason, "IKE SA closed"),
                 }
             }

@@ -11,14 +11,15 @@ use crate::{
     api::{
         Request,
         model::{
-            Child, Counter, Direction, Done, IkeSa, Interface, Refused, State, Status, Tunnel,
+            Child, Counter, Direction, Done, IkeSa, Interface, Refused, Rekey, State, Status,
+            Tunnel,
         },
     },
     config::{Peer, Role},
     dataplane::seam::{InterfaceStatus, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode},
     ike::{
         config::{ChildName, PeerId},
-        event::{Command, IkeInfo},
+        event::{self, Command, IkeInfo},
     },
 };
 
@@ -30,6 +31,7 @@ impl Gateway {
             Request::Counters(answer) => drop(answer.send(self.counters().await)),
             Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
             Request::Down(name, answer) => drop(answer.send(self.down(&name))),
+            Request::Rekey(name, what, answer) => drop(answer.send(self.rekey(&name, what))),
             Request::Reload(answer) => drop(answer.send(self.reload().await)),
         }
     }
@@ -73,6 +75,29 @@ impl Gateway {
             .handle_command(now, Command::Down(PeerId(id.0)));
         Ok(Done {
             lines: vec![format!("{name} is down; what it protects stays blocked")],
+        })
+    }
+
+    fn rekey(&mut self, name: &str, what: Rekey) -> Result<Done, Refused> {
+        let id = self.named(name)?;
+        let peer = PeerId(id.0);
+        if !self.endpoint.established().any(|(_, up, _)| up == peer) {
+            return Err(Refused {
+                message: format!("tunnel {name} is not up"),
+                remedy: format!("bring it up with `ipsec-ctl up {name}`"),
+            });
+        }
+        let (what, words) = match what {
+            Rekey::Children => (event::Rekey::Children, "its children are"),
+            Rekey::Ike => (event::Rekey::Ike, "its IKE SA is"),
+        };
+        let now = self.now();
+        self.endpoint
+            .handle_command(now, Command::Rekey(peer, what));
+        Ok(Done {
+            lines: vec![format!(
+                "{name}: {words} being rekeyed; `ipsec-ctl status {name}` shows the SPIs"
+            )],
         })
     }
 

@@ -91,6 +91,8 @@ pub struct PeerConfig {
     pub childless: bool,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
+    /// An IKE SA near its end is replaced by a fresh one, with a new proof of identity, instead of being rekeyed.
+    pub reauth: bool,
     /// Its children, the first of which comes with IKE_AUTH.
     pub children: Vec<ChildConfig>,
 }

@@ -45,6 +45,8 @@ pub enum Command {
         /// The packet that asks for it, as selectors of our side and of the peer's.
         packet: Option<(TrafficSelector, TrafficSelector)>,
     },
+    /// Rekeys what is up of a peer, before its time.
+    Rekey(PeerId, Rekey),
     /// Packets that an SA pair has carried so far, which tells whether a silent peer is worth asking.
     Traffic {
         /// The pair.
@@ -64,11 +66,22 @@ pub enum Command {
     Shutdown,
 }
 
+/// What is to be rekeyed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rekey {
+    /// The IKE SA.
+    Ike,
+    /// All children.
+    Children,
+}
+
 /// What a caller should know or do.
 #[derive(Debug)]
 pub enum Event {
     /// An IKE SA is authenticated.
     IkeUp(Box<IkeUp>),
+    /// An IKE SA has taken the place of one with the same peer, and has inherited its children.
+    IkeRekeyed(Box<IkeUp>),
     /// An IKE SA is gone, with all its children, each of which has had its own event.
     IkeDown {
         /// The peer.

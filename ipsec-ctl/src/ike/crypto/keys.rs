@@ -98,12 +98,38 @@ impl IkeKeys {
     ) -> Self {
         let key = Zeroizing::new([nonces.initiator, nonces.responder].concat());
         let skeyseed = suite.prf.compute(&key, &[shared]);
+        Self::expand(suite, &skeyseed, nonces, spi_i, spi_r)
+    }
+
+    /// Derives the keys of an IKE SA that takes the place of this one, whose PRF is `prf`.
+    // RFC 7296 section 2.18: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr) with the old PRF, all else with the new.
+    pub fn rekeyed(
+        &self,
+        prf: Prf,
+        suite: &IkeSuite,
+        shared: &[u8],
+        nonces: Nonces<'_>,
+        spi_i: IkeSpi,
+        spi_r: IkeSpi,
+    ) -> Self {
+        let parts = [shared, nonces.initiator, nonces.responder];
+        let skeyseed = prf.compute(self.sk_d.bytes(), &parts);
+        Self::expand(suite, &skeyseed, nonces, spi_i, spi_r)
+    }
+
+    fn expand(
+        suite: &IkeSuite,
+        skeyseed: &[u8],
+        nonces: Nonces<'_>,
+        spi_i: IkeSpi,
+        spi_r: IkeSpi,
+    ) -> Self {
         let (spi_i, spi_r) = (spi_i.0.to_be_bytes(), spi_r.0.to_be_bytes());
         let cipher = cipher_bytes(suite.encryption);
         let auth = suite.integrity.map_or(0, Integrity::key_bytes);
         let prf = suite.prf.output_bytes();
         let stream = suite.prf.plus(
-            &skeyseed,
+            skeyseed,
             &[nonces.initiator, nonces.responder, &spi_i, &spi_r],
             3 * prf + 2 * auth + 2 * cipher,
         );

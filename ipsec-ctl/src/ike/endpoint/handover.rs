@@ -224,6 +224,13 @@ impl Handover {
         self.remove_lingering(|pair, _| pair.ike == ike)
     }
 
+    /// Another IKE SA inherits all pairs.
+    pub(super) fn inherited(&mut self, from: IkeSaId, to: IkeSaId) {
+        for pair in self.pairs.values_mut().filter(|pair| pair.ike == from) {
+            pair.ike = to;
+        }
+    }
+
     /// What is to be used or removed now, with the SPIs of what is removed.
     pub(super) fn due(&mut self, now: Time) -> (Vec<Event>, Vec<(u32, Event)>) {
         if self.waiting == 0 {

@@ -88,11 +88,11 @@ impl Endpoint {
             NatPolicy::Auto
         };
         let accept = Accept {
-            id: self.next_id(),
+            id: self.shared.next_ike(),
             local,
             remote,
             spi_i,
-            spi_r: self.new_spi(),
+            spi_r: self.shared.allocate_ike_spi(),
             suite,
             number,
             nat,

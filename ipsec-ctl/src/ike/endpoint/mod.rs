@@ -24,7 +24,7 @@ pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 use self::{cookie::Cookies, index::Index, unprotected::Rate};
 use super::{
     config::{ChildName, EndpointConfig, PeerId, Role},
-    event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Transmit},
+    event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Rekey, Transmit},
     job::{Job, JobResult},
     message::{ExchangeType, IkeSpi, Message},
     rng::Random,
@@ -55,7 +55,6 @@ pub struct Endpoint {
     courtesy: Rate,
     /// What the operator is told of those who are refused before anything about them is known.
     complaints: Rate,
-    next_sa: u64,
 }
 
 impl Endpoint {
@@ -72,7 +71,6 @@ impl Endpoint {
             cookies,
             courtesy: Rate::default(),
             complaints: Rate::default(),
-            next_sa: 1,
         }
     }
 
@@ -230,6 +228,7 @@ impl Endpoint {
                 self.delete_all(now, peer, DownReason::Operator);
             }
             Command::Allow(peer) => self.shared.hold(peer, false),
+            Command::Rekey(peer, what) => self.rekey(now, peer, what),
             Command::Acquire {
                 peer,
                 child,
@@ -273,6 +272,20 @@ impl Endpoint {
         self.touched.extend(same.map(|sa| sa.id));
     }
 
+    /// Rekeys what is up of a peer. What is about to go is left alone.
+    fn rekey(&mut self, now: Time, peer: PeerId, what: Rekey) {
+        self.touch(peer);
+        let mut up = self.sas.values_mut().rev();
+        if let Some(sa) =
+            up.find(|sa| sa.peer == Some(peer) && sa.state == State::Up && !sa.is_retiring())
+        {
+            match what {
+                Rekey::Ike => sa.wish_ike_rekeyed(&mut self.shared, now),
+                Rekey::Children => sa.wish_all_rekeyed(&mut self.shared, now),
+            }
+        }
+    }
+
     fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {
         self.shared.want(peer, Some(local));
         self.shared.hold(peer, false);
@@ -289,10 +302,11 @@ impl Endpoint {
         packet: Option<Packet>,
     ) {
         self.touch(peer);
+        // The newest one counts; an older one is about to go.
         let up = self
             .sas
             .values_mut()
-            .find(|sa| sa.peer == Some(peer) && sa.state == State::Up);
+            .rfind(|sa| sa.peer == Some(peer) && sa.state == State::Up);
         match up {
             Some(sa) => sa.acquire(&mut self.shared, now, child, packet),
             None => {
@@ -341,10 +355,10 @@ impl Endpoint {
         let config = self.shared.peer(peer).cloned()?;
         let remote = config.remote?;
         let start = Start {
-            id: self.next_id(),
+            id: self.shared.next_ike(),
             local,
             remote: SocketAddr::new(remote, shared::IKE_PORT),
-            spi: self.new_spi(),
+            spi: self.shared.allocate_ike_spi(),
         };
         let sa = IkeSa::start(&mut self.shared, now, &config, &start);
         let id = sa.id;
@@ -353,28 +367,16 @@ impl Endpoint {
     }
 
     fn insert(&mut self, sa: IkeSa) {
-        self.by_spi.insert(sa.our_spi(), sa.id);
         if !sa.initiator {
             self.index.asked(sa.id, (sa.remote, sa.spi_i));
         }
+        self.take_in(sa);
+    }
+
+    fn take_in(&mut self, sa: IkeSa) {
+        self.by_spi.insert(sa.our_spi(), sa.id);
         self.touched.push(sa.id);
         self.sas.insert(sa.id, sa);
-    }
-
-    fn next_id(&mut self) -> IkeSaId {
-        let id = IkeSaId(self.next_sa);
-        self.next_sa += 1;
-        id
-    }
-
-    /// An SPI of ours that is not in use. RFC 7296 section 3.1: it must not be zero.
-    fn new_spi(&mut self) -> IkeSpi {
-        loop {
-            let spi = IkeSpi(self.shared.random.number());
-            if spi != IkeSpi(0) && !self.by_spi.contains_key(&spi) {
-                return spi;
-            }
-        }
     }
 
     /// Sees to what concerns several IKE SAs, and forgets those that are over.
@@ -388,6 +390,31 @@ impl Endpoint {
                 } => self.authenticated(now, ike, peer, initial_contact),
                 FollowUp::Closed { peer, why } => self.closed(now, peer, why),
                 FollowUp::Replace(peer) => self.replace(now, peer),
+                FollowUp::Born(mut heir) => {
+                    heir.next_task(&mut self.shared, now);
+                    self.take_in(*heir);
+                }
+                FollowUp::Decided(heir) => {
+                    self.touched.push(heir);
+                    if let Some(heir) = self.sas.get_mut(&heir) {
+                        heir.decided(&mut self.shared, now);
+                    }
+                }
+                FollowUp::Inherits { from, heir } => {
+                    self.hand_on(now, from, heir);
+                    if let Some(from) = self.sas.get_mut(&from) {
+                        from.leave_to_peer(now);
+                    }
+                }
+                FollowUp::Returns { from, to } => {
+                    self.hand_on(now, from, to);
+                    if let Some(to) = self.sas.get_mut(&to) {
+                        to.forget_rival_heir();
+                    }
+                    if let Some(from) = self.sas.get_mut(&from) {
+                        from.deleted_as_redundant(&mut self.shared, now);
+                    }
+                }
             }
         }
         for id in std::mem::take(&mut self.touched) {
@@ -396,12 +423,26 @@ impl Endpoint {
             };
             if sa.state == State::Closed {
                 self.by_spi.remove(&sa.our_spi());
+                self.shared.release_ike_spi(sa.our_spi());
                 self.index.remove(id);
                 self.sas.remove(&id);
             } else {
                 self.index.update(sa, sa.next_timeout(&self.shared));
             }
         }
+    }
+
+    /// An IKE SA hands its children on to another.
+    fn hand_on(&mut self, now: Time, from: IkeSaId, to: IkeSaId) {
+        self.touched.extend([from, to]);
+        let Some(mut giver) = self.sas.remove(&from) else {
+            return;
+        };
+        if let Some(taker) = self.sas.get_mut(&to) {
+            taker.inherit(&mut self.shared, &mut giver);
+            taker.next_task(&mut self.shared, now);
+        }
+        self.sas.insert(from, giver);
     }
 
     /// One IKE SA for each peer: the new one takes the place of the others.

@@ -76,10 +76,12 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
     pub(super) peers: Peers,
     spis: BTreeSet<u32>,
+    ike_spis: BTreeSet<IkeSpi>,
     handover: Handover,
     refusals: BTreeMap<Refusal, u64>,
     next_job: u64,
     next_child: u64,
+    next_ike: u64,
 }
 
 impl Shared {
@@ -93,10 +95,12 @@ impl Shared {
             follow_ups: VecDeque::new(),
             peers: Peers::default(),
             spis: BTreeSet::new(),
+            ike_spis: BTreeSet::new(),
             handover: Handover::default(),
             refusals: BTreeMap::new(),
             next_job: 1,
             next_child: 1,
+            next_ike: 1,
         }
     }
 
@@ -139,6 +143,28 @@ impl Shared {
         let id = ChildSaId(self.next_child);
         self.next_child += 1;
         id
+    }
+
+    /// A name for an IKE SA.
+    pub(in crate::ike) fn next_ike(&mut self) -> IkeSaId {
+        let id = IkeSaId(self.next_ike);
+        self.next_ike += 1;
+        id
+    }
+
+    /// An SPI of ours for an IKE SA that no other has. RFC 7296 section 3.1: it must not be zero.
+    pub(in crate::ike) fn allocate_ike_spi(&mut self) -> IkeSpi {
+        loop {
+            let spi = IkeSpi(self.random.number());
+            if spi != IkeSpi(0) && self.ike_spis.insert(spi) {
+                return spi;
+            }
+        }
+    }
+
+    /// Gives an SPI of an IKE SA back.
+    pub(in crate::ike) fn release_ike_spi(&mut self, spi: IkeSpi) {
+        self.ike_spis.remove(&spi);
     }
 
     /// An inbound SPI that no other SA of ours has.
@@ -245,6 +271,11 @@ impl Shared {
             self.spis.remove(&spi);
             self.events.push_back(event);
         }
+    }
+
+    /// An IKE SA inherits all pairs of another.
+    pub(in crate::ike) fn inherited(&mut self, from: IkeSaId, to: IkeSaId) {
+        self.handover.inherited(from, to);
     }
 
     /// The IKE SA that a pair belongs to.

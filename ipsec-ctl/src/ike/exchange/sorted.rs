@@ -296,8 +296,15 @@ pub enum ChildRequest<'a> {
         /// Notifies; REKEY_SA tells that it replaces another.
         notifies: Notifies<'a>,
     },
-    /// For a new IKE SA.
-    RekeyIke,
+    /// For an IKE SA that takes the place of this one.
+    RekeyIke {
+        /// Proposals.
+        sa: SecurityAssociation<'a>,
+        /// Nonce.
+        nonce: Nonce<'a>,
+        /// Public value.
+        ke: KeyExchange<'a>,
+    },
 }
 
 impl<'a> ChildRequest<'a> {
@@ -310,8 +317,12 @@ impl<'a> ChildRequest<'a> {
         let sorted = Sorted::new(payloads)?;
         let nonce = need(sorted.nonce, "Nonce")?;
         // RFC 7296 section 1.3.2: an IKE SA is rekeyed by an exchange without selectors.
-        if sorted.ts_i.is_none() && sorted.ts_r.is_none() && sorted.sa.is_some() {
-            return Ok(Self::RekeyIke);
+        if sorted.ts_i.is_none()
+            && sorted.ts_r.is_none()
+            && let Some(sa) = sorted.sa
+        {
+            let ke = need(sorted.ke, "KE")?;
+            return Ok(Self::RekeyIke { sa, nonce, ke });
         }
         Ok(Self::Child {
             offer: need(ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?, "SA")?,
@@ -334,6 +345,15 @@ pub enum ChildResponse<'a> {
         /// Public value.
         ke: Option<KeyExchange<'a>>,
     },
+    /// The responder agreed to an IKE SA that takes the place of this one.
+    Ike {
+        /// The chosen proposal.
+        sa: SecurityAssociation<'a>,
+        /// Nonce.
+        nonce: Nonce<'a>,
+        /// Public value.
+        ke: KeyExchange<'a>,
+    },
     /// It refuses.
     Refused(Notifies<'a>),
 }
@@ -348,6 +368,16 @@ impl<'a> ChildResponse<'a> {
         let sorted = Sorted::new(payloads)?;
         if sorted.notifies.error().is_some() {
             return Ok(Self::Refused(sorted.notifies));
+        }
+        if sorted.ts_i.is_none()
+            && sorted.ts_r.is_none()
+            && let Some(sa) = sorted.sa
+        {
+            return Ok(Self::Ike {
+                sa,
+                nonce: need(sorted.nonce, "Nonce")?,
+                ke: need(sorted.ke, "KE")?,
+            });
         }
         Ok(Self::Agreed {
             offer: need(ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?, "SA")?,

@@ -6,8 +6,11 @@ use crate::ike::{
     crypto::{
         ChildSuite, Encryption, Esn, EspProposal, Group, IkeProposal, IkeSuite, Integrity, Prf,
     },
-    message::payload::{
-        Attribute, KeyLength, Proposal, Protocol, SecurityAssociation, Transform, TransformType,
+    message::{
+        IkeSpi,
+        payload::{
+            Attribute, KeyLength, Proposal, Protocol, SecurityAssociation, Transform, TransformType,
+        },
     },
 };
 
@@ -150,6 +153,55 @@ pub fn ike_answer(suite: &IkeSuite, number: u8) -> SecurityAssociation<'static> 
                 .collect(),
         }],
     }
+}
+
+/// What is offered for an IKE SA that takes the place of another; `spi` is ours of the new one.
+// RFC 7296 section 3.3.1: only here do proposals for IKE have an SPI.
+pub fn ike_rekey_offer<'a>(proposals: &[IkeProposal], spi: &'a [u8]) -> SecurityAssociation<'a> {
+    with_spi(ike_offer(proposals), spi)
+}
+
+/// The answer to an offer for an IKE SA that takes the place of another.
+pub fn ike_rekey_answer<'a>(
+    suite: &IkeSuite,
+    number: u8,
+    spi: &'a [u8],
+) -> SecurityAssociation<'a> {
+    with_spi(ike_answer(suite, number), spi)
+}
+
+fn with_spi<'a>(offer: SecurityAssociation<'static>, spi: &'a [u8]) -> SecurityAssociation<'a> {
+    SecurityAssociation {
+        proposals: offer
+            .proposals
+            .into_iter()
+            .map(|proposal| Proposal { spi, ..proposal })
+            .collect(),
+    }
+}
+
+/// What was chosen for an IKE SA that takes the place of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IkeChoice {
+    /// Algorithms.
+    pub suite: IkeSuite,
+    /// Number of the proposal.
+    pub number: u8,
+    /// The peer's SPI.
+    pub spi: IkeSpi,
+}
+
+/// Chooses algorithms for an IKE SA that takes the place of another.
+pub fn choose_ike_rekey(
+    ours: &[IkeProposal],
+    offer: &SecurityAssociation<'_>,
+    have: Option<u16>,
+) -> Option<IkeChoice> {
+    let (suite, number) = choose_ike(ours, offer, have)?;
+    let mut same = offer.proposals.iter();
+    let chosen = same.find(|proposal| proposal.number == number)?;
+    let spi = IkeSpi(u64::from_be_bytes(chosen.spi.try_into().ok()?));
+    (spi != IkeSpi(0)).then_some(IkeChoice { suite, number, spi })
 }
 
 /// Chooses algorithms for an IKE SA; also tells the number of the proposal. A group whose public value has come

@@ -43,6 +43,14 @@ struct Partial {
 }
 
 impl Fragments {
+    /// What holds for an IKE SA that takes the place of this one, too.
+    pub(super) fn inherited(&self) -> Self {
+        Self {
+            agreed: self.agreed,
+            ..Self::default()
+        }
+    }
+
     /// Takes the content of an authentic fragment; returns the whole chain of payloads and the type of its first, if this
     /// was the last that was missing.
     // RFC 7383 section 2.6: a repeated fragment is dropped; a larger total means that the peer has split the message anew

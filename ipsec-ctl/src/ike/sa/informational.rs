@@ -2,7 +2,7 @@
 
 use ipsec_common::Spi;
 
-use super::{Closed, Exchange, FollowUp, IkeSa, Packet, State, Task};
+use super::{Closed, Exchange, FollowUp, IkeSa, Packet, State, Task, rekey::Succession};
 use crate::ike::{
     config::ChildName,
     endpoint::Shared,
@@ -57,6 +57,11 @@ impl IkeSa {
     }
 
     fn deleted_by_peer(&mut self, shared: &mut Shared, now: Time) {
+        // RFC 7296 section 2.8.1: of two made at once, the peer deletes its own, and our request is still under way.
+        if let (State::Up, Succession::Undecided(of)) = (self.state, self.succession) {
+            let (from, to) = (self.id, of);
+            return shared.follow_ups.push_back(FollowUp::Returns { from, to });
+        }
         let why = if self.state == State::Up {
             Closed::Lost
         } else {

@@ -5,7 +5,9 @@ use std::{
     net::SocketAddr,
 };
 
-use super::{Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild};
+use super::{
+    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, rekey::Succession,
+};
 use crate::ike::{
     Identity,
     config::{ChildName, NatPolicy, PeerConfig},
@@ -88,10 +90,8 @@ impl IkeSa {
             child_failures: 0,
             heard: now,
             sent: now,
-            replace_at: None,
-            expire_at: None,
-            replacing: false,
-            retire_at: None,
+            life: None,
+            succession: Succession::InForce,
         }
     }
 

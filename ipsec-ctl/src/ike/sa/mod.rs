@@ -35,8 +35,10 @@ use super::{
     time::Time,
 };
 
+use child::ChildJob;
 pub(super) use child::{ChildSa, Packet, PendingChild};
 pub(super) use initiate::Start;
+use rekey::{IkeJob, Lifetime, PendingIke, Succession};
 pub(super) use respond::Accept;
 
 /// Time within which two IKE SAs that both sides have started count as started at once.
@@ -90,6 +92,8 @@ pub(super) enum Task {
     Pair(ChildName, usize, usize),
     /// CREATE_CHILD_SA for another pair of SAs in the place of one.
     RekeyChild(ChildSaId),
+    /// CREATE_CHILD_SA for another IKE SA in the place of this one.
+    RekeyIke,
     /// A Delete for children, by our inbound SPIs.
     DeleteChildren(Vec<u32>),
     /// A Delete for this IKE SA; an error goes with it where the peer's proof was wrong.
@@ -119,6 +123,7 @@ pub(super) enum Exchange {
     Init,
     Auth(Option<PendingChild>),
     Child(PendingChild),
+    RekeyIke(PendingIke),
     /// A Delete for children, by our inbound SPIs.
     DeleteChildren(Vec<u32>),
     DeleteIke,
@@ -132,6 +137,7 @@ impl Exchange {
             Self::Auth(Some(pending)) | Self::Child(pending) => Some(pending.spi_in),
             Self::Init
             | Self::Auth(None)
+            | Self::RekeyIke(_)
             | Self::DeleteChildren(_)
             | Self::DeleteIke
             | Self::Liveness => None,
@@ -148,7 +154,6 @@ pub(super) struct Answered {
 }
 
 /// What the endpoint must see to after an IKE SA has been at work.
-#[derive(Clone, Debug)]
 pub(super) enum FollowUp {
     /// It is authenticated; the peer says that it knows of no other.
     Authenticated {
@@ -160,6 +165,24 @@ pub(super) enum FollowUp {
     Closed { peer: Option<PeerId>, why: Closed },
     /// A fresh one should take its place.
     Replace(PeerId),
+    /// Another has taken its place, with its children.
+    Born(Box<IkeSa>),
+    /// Of two that were made at once, this one stays.
+    Decided(IkeSaId),
+    /// Of two that were made at once, the one takes the children of the other, which is the peer's to delete.
+    Inherits {
+        /// The other.
+        from: IkeSaId,
+        /// The one that stays.
+        heir: IkeSaId,
+    },
+    /// Of two that were made at once, the peer has deleted its own: the children go back to where they were.
+    Returns {
+        /// The one that the peer has deleted.
+        from: IkeSaId,
+        /// The one that both were to replace, and that ours still is.
+        to: IkeSaId,
+    },
 }
 
 /// How an IKE SA ended.
@@ -224,10 +247,9 @@ pub(super) struct IkeSa {
     child_failures: u32,
     heard: Time,
     sent: Time,
-    replace_at: Option<Time>,
-    expire_at: Option<Time>,
-    replacing: bool,
-    retire_at: Option<Time>,
+    /// When it is replaced and when it ends, once it is authenticated.
+    life: Option<Lifetime>,
+    succession: Succession,
 }
 
 impl IkeSa {
@@ -294,7 +316,7 @@ impl IkeSa {
                 .asking
                 .iter()
                 .chain(&self.answering)
-                .any(|waiting| waiting.what.child() == child)
+                .any(|waiting| waiting.what.child() == Some(child))
     }
 
     /// What `status` shows, once authenticated.
@@ -352,7 +374,7 @@ impl IkeSa {
         self.abandon_children(shared);
         self.state = State::Closed;
         if let Some(outstanding) = self.outstanding.take() {
-            shared.release_pending(outstanding.exchange.spi());
+            self.abandon(shared, &outstanding.exchange);
         }
         self.tasks.clear();
         if let (Some(peer), true) = (self.peer, was_up) {
@@ -424,7 +446,23 @@ impl IkeSa {
             .into_iter()
             .flatten()
         {
-            shared.release_pending(Some(waiting.what.spi()));
+            match &waiting.what {
+                ChildJob::Ike(IkeJob::Public(pending) | IkeJob::Agree(pending, _)) => {
+                    self.give_up_heir(shared, pending);
+                }
+                ChildJob::Ike(IkeJob::Answer { spi, .. }) => shared.release_ike_spi(*spi),
+                ChildJob::Public(_) | ChildJob::Agree(..) | ChildJob::Answer { .. } => {
+                    shared.release_pending(waiting.what.spi());
+                }
+            }
+        }
+    }
+
+    /// A request of ours will have no answer any more.
+    fn abandon(&self, shared: &mut Shared, exchange: &Exchange) {
+        shared.release_pending(exchange.spi());
+        if let Exchange::RekeyIke(pending) = exchange {
+            self.give_up_heir(shared, pending);
         }
     }
 
@@ -436,31 +474,49 @@ impl IkeSa {
 
     /// Another has taken its place: it is deleted after a while, so that packets under way still find their SA.
     pub(super) fn retire(&mut self, at: Time) {
-        self.replacing = true;
-        self.retire_at = Some(self.retire_at.map_or(at, |planned| planned.min(at)));
+        let (at, why) = match self.succession {
+            Succession::Retires { at: planned, why } => (planned.min(at), why),
+            Succession::InForce | Succession::Undecided(_) | Succession::BeingReplaced => {
+                (at, DownReason::Replaced)
+            }
+        };
+        self.succession = Succession::Retires { at, why };
     }
 
     /// Whether another has taken its place.
     pub(super) fn is_retiring(&self) -> bool {
-        self.retire_at.is_some()
+        matches!(self.succession, Succession::Retires { .. })
+    }
+
+    /// When its time to go comes, and why.
+    fn retirement(&self) -> Option<(Time, DownReason)> {
+        match self.succession {
+            Succession::Retires { at, why } if self.state == State::Up => Some((at, why)),
+            _ => None,
+        }
     }
 
     /// Whether its time to go has come.
     pub(super) fn retires(&self, now: Time) -> bool {
-        self.state == State::Up && self.retire_at.is_some_and(|at| at <= now)
+        self.retirement().is_some_and(|(at, _)| at <= now)
     }
 
     /// Lets it stay a little longer.
     pub(super) fn stay(&mut self, now: Time) {
-        if self.retires(now) {
-            self.retire_at = Some(now + STAY);
+        if self.retires(now)
+            && let Succession::Retires { at, .. } = &mut self.succession
+        {
+            *at = now + STAY;
         }
     }
 
     /// Whether it came up so recently that the peer may have started it without knowing of another.
     pub(super) fn is_as_young(&self, now: Time) -> bool {
-        self.established
-            .is_some_and(|since| now - since < SIMULTANEOUS)
+        // One that has inherited another was not started by anybody.
+        !self.init_request.is_empty()
+            && self
+                .established
+                .is_some_and(|since| now - since < SIMULTANEOUS)
     }
 
     fn nonces(&self) -> Nonces<'_> {

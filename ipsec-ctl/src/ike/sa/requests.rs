@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use zeroize::Zeroizing;
 
-use super::{Answered, Exchange, IkeSa, Outstanding, State, Task};
+use super::{
+    Answered, Exchange, IkeSa, Outstanding, State, Task, child::ChildJob, rekey::Succession,
+};
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
     endpoint::{Refusal, Shared},
@@ -149,10 +151,11 @@ impl IkeSa {
     }
 
     /// Begins the next exchange that waits, if the window is open.
-    pub(super) fn next_task(&mut self, shared: &mut Shared, now: Time) {
+    pub(in crate::ike) fn next_task(&mut self, shared: &mut Shared, now: Time) {
         while self.outstanding.is_none()
             && self.asking.is_none()
             && matches!(self.state, State::Up | State::Deleting)
+            && self.may_begin(self.tasks.front())
         {
             match self.tasks.pop_front() {
                 None => return,
@@ -160,6 +163,7 @@ impl IkeSa {
                 Some(Task::Pair(child, local, remote)) => {
                     self.ask_for_child(shared, now, child, Some((local, remote)));
                 }
+                Some(Task::RekeyIke) => self.rekey_ike(shared),
                 Some(Task::RekeyChild(sa)) => self.rekey_child(shared, now, sa),
                 Some(Task::DeleteChildren(spis)) => self.delete_children(shared, now, &spis),
                 Some(Task::DeleteIke { refused }) => self.delete_ike(shared, now, refused),
@@ -171,6 +175,21 @@ impl IkeSa {
                     Exchange::Liveness,
                 ),
             }
+        }
+    }
+
+    /// Whether the next exchange must not wait for what the peer does.
+    fn may_begin(&self, next: Option<&Task>) -> bool {
+        let peer_rekeys_ike =
+            || matches!(&self.answering, Some(waiting) if matches!(waiting.what, ChildJob::Ike(_)));
+        let undecided = matches!(self.succession, Succession::Undecided(_));
+        match next {
+            // RFC 7296 section 2.25.2: not while the peer makes a child.
+            Some(Task::RekeyIke) => self.answering.is_none() && !undecided,
+            Some(
+                Task::Child(_) | Task::Pair(..) | Task::RekeyChild(_) | Task::DeleteChildren(_),
+            ) => !undecided && !peer_rekeys_ike(),
+            Some(Task::DeleteIke { .. } | Task::Liveness) | None => true,
         }
     }
 
@@ -410,6 +429,14 @@ impl IkeSa {
                 AuthResponse::sort(payloads)
                     .map(|response| self.auth_response(shared, now, pending, &response))
             }
+            Exchange::RekeyIke(pending) if self.state != State::Up => {
+                self.give_up_heir(shared, &pending);
+                Ok(())
+            }
+            Exchange::RekeyIke(pending) if header.exchange == ExchangeType::CREATE_CHILD_SA => {
+                ChildResponse::sort(payloads)
+                    .map(|response| self.heir_response(shared, now, pending, &response))
+            }
             // The IKE SA is being deleted, and its children with it.
             Exchange::Child(pending) if self.state != State::Up => {
                 shared.release_pending(Some(pending.spi_in));
@@ -428,8 +455,11 @@ impl IkeSa {
                 Ok(())
             }
             Exchange::Liveness => Ok(()),
-            exchange @ (Exchange::Init | Exchange::Auth(_) | Exchange::Child(_)) => {
-                shared.release_pending(exchange.spi());
+            exchange @ (Exchange::Init
+            | Exchange::Auth(_)
+            | Exchange::Child(_)
+            | Exchange::RekeyIke(_)) => {
+                self.abandon(shared, &exchange);
                 return self.break_off(shared, now);
             }
         };

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{ChildSa, Closed, Exchange, IkeSa, State, Task, rekey::Standing};
+use super::{
+    ChildSa, Closed, Exchange, IkeSa, State, Task,
+    rekey::{Lifetime, Standing, Succession},
+};
 use crate::ike::{
     endpoint::Shared,
     event::{ChildSaId, DownReason, FailureReason, Stage},
@@ -17,8 +20,10 @@ const KEEP_ALIVE: &[u8] = &[0xff];
 impl IkeSa {
     pub(super) fn set_lifetime(&mut self, shared: &mut Shared, now: Time) {
         if let Some(lifetime) = self.peer_config(shared).map(|peer| peer.lifetime) {
-            self.replace_at = Some(now + shared.soft(lifetime, self.initiator));
-            self.expire_at = Some(now + lifetime);
+            self.life = Some(Lifetime {
+                soft: Some(now + shared.soft(lifetime, self.initiator)),
+                hard: now + lifetime,
+            });
         }
     }
 
@@ -30,18 +35,16 @@ impl IkeSa {
             .outstanding
             .as_ref()
             .map(|outstanding| outstanding.again_at);
-        let replace = self.replace_at.filter(|_| !self.replacing);
-        let children = self
-            .children
-            .iter()
-            .map(|child| child.life.due(self.replacing));
+        let up = self.state == State::Up;
+        let replaced = self.is_being_replaced();
+        let life = self.life.map(|life| life.due(replaced));
+        let children = self.children.iter().map(|child| child.life.due(replaced));
         [
             negotiation,
             again,
-            replace.filter(|_| self.state == State::Up),
-            self.expire_at.filter(|_| self.state == State::Up),
-            self.retire_at.filter(|_| self.state == State::Up),
-            self.children_at.filter(|_| self.state == State::Up),
+            life.filter(|_| up),
+            self.retirement().map(|(at, _)| at),
+            self.children_at.filter(|_| up),
             self.keep_alive_at(shared),
         ]
         .into_iter()
@@ -64,24 +67,61 @@ impl IkeSa {
         if self.state != State::Up {
             return;
         }
-        if self.expire_at.is_some_and(|at| at <= now) {
+        if self.life.is_some_and(|life| life.hard <= now) {
             return self.delete(shared, now, DownReason::Expired);
         }
-        if self.retire_at.is_some_and(|at| at <= now) {
-            return self.delete(shared, now, DownReason::Replaced);
+        if let Some((_, why)) = self.retirement().filter(|(at, _)| *at <= now) {
+            return self.delete(shared, now, why);
         }
         self.end_expired_children(shared, now);
         if self.children_at.is_some_and(|at| at <= now) {
             self.ask_for_missing(shared, now);
         }
-        if self.replace_at.is_some_and(|at| at <= now) {
-            self.ask_for_replacement(shared);
-        }
-        if !self.replacing {
+        if !self.is_being_replaced() {
+            if self.life.is_some_and(|life| life.is_soft_over(now)) {
+                self.renew(shared, now);
+            }
             self.rekey_due_children(shared, now);
         }
         if self.keep_alive_at(shared).is_some_and(|at| at <= now) {
             self.transmit(shared, now, KEEP_ALIVE.to_vec());
+        }
+    }
+
+    /// Whether another takes its place in any case, so that nothing in it need be renewed.
+    fn is_being_replaced(&self) -> bool {
+        match self.succession {
+            Succession::InForce | Succession::Undecided(_) => false,
+            Succession::BeingReplaced | Succession::Retires { .. } => true,
+        }
+    }
+
+    /// It nears its end.
+    // RFC 7296 section 2.8.3: a new proof of identity takes a fresh IKE SA.
+    fn renew(&mut self, shared: &mut Shared, now: Time) {
+        if self.peer_config(shared).is_some_and(|peer| peer.reauth) {
+            self.ask_for_replacement(shared);
+        } else {
+            self.wish_ike_rekeyed(shared, now);
+        }
+    }
+
+    /// Begins to rekey the IKE SA, unless that is under way.
+    pub(in crate::ike) fn wish_ike_rekeyed(&mut self, shared: &mut Shared, now: Time) {
+        if self
+            .life
+            .as_mut()
+            .is_some_and(|life| life.soft.take().is_some())
+        {
+            self.push_task(shared, now, Task::RekeyIke);
+        }
+    }
+
+    /// Begins to rekey all children.
+    pub(in crate::ike) fn wish_all_rekeyed(&mut self, shared: &mut Shared, now: Time) {
+        let all: Vec<ChildSaId> = self.children.iter().map(|child| child.id).collect();
+        for sa in all {
+            self.wish_rekeyed(shared, now, sa);
         }
     }
 
@@ -117,9 +157,11 @@ impl IkeSa {
 
     /// The attempt to replace it has failed; another may be made.
     pub(in crate::ike) fn not_replaced(&mut self, now: Time, again: Duration) {
-        if self.replacing && self.retire_at.is_none() {
-            self.replacing = false;
-            self.replace_at = Some(now + again);
+        if self.succession == Succession::BeingReplaced {
+            self.succession = Succession::InForce;
+            if let Some(life) = &mut self.life {
+                life.soft = Some(now + again);
+            }
             for child in &mut self.children {
                 if child.standing == Standing::InForce {
                     child.life.soft = Some(now + again);

@@ -171,7 +171,8 @@ fn generations_of_ike_sas_follow_each_other_on_any_network() {
     for_every_seed(|seed| {
         let mut pair = Pair::new(seed, conditions(seed));
         set(&mut pair, 2, |config| {
-            config.lifetime = Duration::from_secs(150)
+            config.lifetime = Duration::from_secs(150);
+            config.reauth = seed % 2 == 0;
         });
         pair.up_a();
         pair.run(Duration::from_secs(900));

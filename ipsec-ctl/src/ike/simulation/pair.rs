@@ -30,11 +30,14 @@ pub(super) struct Side {
     pub(super) installed: BTreeMap<ChildSaId, ChildUp>,
     /// Those of them that only receive, until they are removed.
     pub(super) receive_only: BTreeSet<ChildSaId>,
-    /// SPI of the outbound SA that carries a child's traffic.
+    /// Outbound SAs in the order of their installation.
+    outbound: Vec<(ChildName, Spi)>,
+    /// SPI of the outbound SA that carries a child's traffic: the last one that is there.
     pub(super) used: BTreeMap<ChildName, Spi>,
     pub(super) failures: Vec<Failure>,
     pub(super) downs: Vec<DownReason>,
     pub(super) ike_ups: usize,
+    pub(super) ike_rekeys: usize,
     /// Nothing that it sends arrives.
     pub(super) mute: bool,
     jobs: Vec<(Time, JobResult)>,
@@ -114,6 +117,7 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),
         lifetime: Duration::from_secs(86_400),
+        reauth: false,
         children: vec![child(0, &[ours], &[theirs], "aes256gcm16")],
     }
 }
@@ -125,10 +129,12 @@ impl Side {
             address,
             installed: BTreeMap::new(),
             receive_only: BTreeSet::new(),
+            outbound: Vec::new(),
             used: BTreeMap::new(),
             failures: Vec::new(),
             downs: Vec::new(),
             ike_ups: 0,
+            ike_rekeys: 0,
             mute: false,
             jobs: Vec::new(),
         }
@@ -136,8 +142,10 @@ impl Side {
 
     fn drain(&mut self, now: Time, network: &mut Network) {
         while let Some(event) = self.endpoint.poll_event() {
+            self.trace(now, &event);
             match event {
                 Event::IkeUp(_) => self.ike_ups += 1,
+                Event::IkeRekeyed(_) => self.ike_rekeys += 1,
                 Event::IkeDown { reason, .. } => self.downs.push(reason),
                 Event::ChildUp(up) => {
                     assert!(
@@ -150,7 +158,12 @@ impl Side {
                 }
                 Event::Outbound(sa) => {
                     let up = self.installed.get(&sa).expect("an installed SA");
-                    self.used.insert(up.child, up.spi_out);
+                    let outbound = (up.child, up.spi_out);
+                    // Who is told twice does nothing the second time.
+                    if !self.outbound.contains(&outbound) {
+                        self.outbound.push(outbound);
+                        self.used.insert(up.child, up.spi_out);
+                    }
                 }
                 Event::OutboundDown(sa) => {
                     let up = self.installed.get(&sa).expect("an installed SA");
@@ -180,10 +193,32 @@ impl Side {
         }
     }
 
-    fn sends_no_more(&mut self, child: ChildName, spi: Spi) {
-        if self.used.get(&child) == Some(&spi) {
-            self.used.remove(&child);
+    fn trace(&self, now: Time, event: &Event) {
+        if std::env::var_os("IPSEC_XDP_TRACE").is_none() {
+            return;
         }
+        let (at, side) = (
+            now.0.as_secs_f64(),
+            if self.address == A { 'A' } else { 'B' },
+        );
+        match event {
+            Event::ChildUp(up) => eprintln!(
+                "{at:.6} {side} ChildUp({:?} of {:?}, replaces {:?}, {} {})",
+                up.sa, up.child, up.replaces, up.spi_in, up.spi_out
+            ),
+            Event::IkeUp(up) => eprintln!("{at:.6} {side} IkeUp({:?})", up.ike),
+            Event::IkeRekeyed(up) => eprintln!("{at:.6} {side} IkeRekeyed({:?})", up.ike),
+            event => eprintln!("{at:.6} {side} {event:?}"),
+        }
+    }
+
+    /// The one before takes over, if there is one.
+    fn sends_no_more(&mut self, child: ChildName, spi: Spi) {
+        self.outbound.retain(|outbound| *outbound != (child, spi));
+        match self.outbound.iter().rfind(|(other, _)| *other == child) {
+            Some((_, before)) => self.used.insert(child, *before),
+            None => self.used.remove(&child),
+        };
     }
 
     /// The pairs that carry traffic, or are about to.

@@ -9,12 +9,12 @@ use ipsec_common::Spi;
 
 use super::{
     network::{Conditions, Seeded},
-    pair::{A, B, Pair, Side, child, peer},
+    pair::{A, B, PEER, Pair, Side, child, peer},
     upkeep::with_children,
 };
 use crate::ike::{
     config::{ChildName, PeerConfig, Role},
-    event::Command,
+    event::{Command, Rekey},
 };
 
 /// How finely packets are looked at.
@@ -26,6 +26,8 @@ struct Traffic {
     by_a: VecDeque<BTreeSet<Spi>>,
     by_b: VecDeque<BTreeSet<Spi>>,
     children: usize,
+    /// IKE SAs that either side had at most.
+    most_ike_sas: usize,
 }
 
 impl Traffic {
@@ -35,6 +37,7 @@ impl Traffic {
             by_a: VecDeque::new(),
             by_b: VecDeque::new(),
             children,
+            most_ike_sas: 0,
         }
     }
 
@@ -48,6 +51,7 @@ impl Traffic {
                 (&pair.a, &pair.b, &mut self.by_a),
                 (&pair.b, &pair.a, &mut self.by_b),
             ] {
+                self.most_ike_sas = self.most_ike_sas.max(from.endpoint.len());
                 let used: BTreeSet<Spi> = from.used.values().copied().collect();
                 assert_eq!(
                     used.len(),
@@ -214,6 +218,137 @@ fn lifetimes_replace_children_over_and_over_on_any_network() {
         pair.assert_agreement(3);
         assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1), "seed {seed}");
         assert!(pair.a.endpoint.len() == 1 && pair.b.endpoint.len() == 1);
+        assert!(pair.a.installed.len() <= 6 && pair.b.installed.len() <= 6);
+    }
+}
+
+fn rekey(pair: &mut Pair, at_a: bool, what: Rekey) {
+    if at_a {
+        pair.tell_a(Command::Rekey(PEER, what));
+    } else {
+        pair.tell_b(Command::Rekey(PEER, what));
+    }
+}
+
+/// Both sides have one IKE SA, which is the same.
+fn assert_one_ike_sa(pair: &Pair) {
+    let of = |side: &Side| -> Vec<_> {
+        let established = side.endpoint.established();
+        established
+            .map(|(_, _, info)| (info.spi_i, info.spi_r))
+            .collect()
+    };
+    assert_eq!(of(&pair.a), of(&pair.b));
+    assert_eq!((pair.a.endpoint.len(), pair.b.endpoint.len()), (1, 1));
+}
+
+#[test]
+fn either_side_replaces_the_ike_sa_and_its_children_stay() {
+    for by_a in [true, false] {
+        for seed in 0..20 {
+            let mut pair = tunnel(seed, 3, SLOW);
+            let before = spis(&pair.a);
+            let mut traffic = Traffic::new(3, SLOW.delay);
+            for round in 1..4 {
+                rekey(&mut pair, by_a == (round != 2), Rekey::Ike);
+                traffic.flow(&mut pair, Duration::from_secs(3));
+                assert_one_ike_sa(&pair);
+                assert_eq!((pair.a.ike_rekeys, pair.b.ike_rekeys), (round, round));
+                assert_eq!(spis(&pair.a), before);
+            }
+            // The children are rekeyed with keys that come from the new IKE SA, in either direction.
+            rekey(&mut pair, true, Rekey::Children);
+            traffic.flow(&mut pair, Duration::from_secs(10));
+            rekey(&mut pair, false, Rekey::Children);
+            traffic.flow(&mut pair, Duration::from_secs(15));
+            pair.assert_agreement(3);
+            assert_eq!((pair.a.installed.len(), pair.b.installed.len()), (3, 3));
+            assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1));
+            assert!(pair.a.failures.is_empty() && pair.b.failures.is_empty());
+        }
+    }
+}
+
+// RFC 7296 sections 2.8.1 and 2.25: whatever both sides begin at once, one IKE SA and one pair for each child remain.
+#[test]
+fn whatever_both_sides_rekey_at_once_nothing_is_lost_and_one_of_each_remains() {
+    let mut redundant = 0;
+    for seed in 0..400 {
+        let mut random = Seeded::new(seed, 6);
+        let conditions = Conditions {
+            loss: random.below(20),
+            repetition: random.below(20),
+            ..SLOW
+        };
+        let mut pair = tunnel(seed, 2, conditions);
+        let mut traffic = Traffic::new(2, SLOW.delay);
+        let mut by_a = random.percent(50);
+        for _ in 0..2 + random.below(3) {
+            by_a ^= random.percent(80);
+            let what = if random.percent(60) {
+                Rekey::Ike
+            } else {
+                Rekey::Children
+            };
+            rekey(&mut pair, by_a, what);
+            traffic.flow(&mut pair, Duration::from_millis(random.below(300)));
+            pair.a.endpoint.save_and_restore();
+            pair.b.endpoint.save_and_restore();
+        }
+        traffic.flow(&mut pair, Duration::from_secs(3));
+        pair.network.conditions = SLOW;
+        traffic.flow(&mut pair, Duration::from_secs(80));
+        pair.assert_agreement(2);
+        assert_one_ike_sa(&pair);
+        assert_eq!((pair.a.installed.len(), pair.b.installed.len()), (2, 2));
+        assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1), "seed {seed}");
+        assert!(pair.a.failures.is_empty() && pair.b.failures.is_empty());
+        redundant += usize::from(traffic.most_ike_sas > 2);
+    }
+    assert!(redundant > 40, "{redundant} collisions are too few");
+}
+
+#[test]
+fn lifetimes_replace_the_ike_sa_and_its_children_on_any_network() {
+    for seed in 0..40 {
+        let mut random = Seeded::new(seed, 5);
+        let mut pair = Pair::new(seed, Conditions::PERFECT);
+        let mut config = |remote, role| {
+            let mut config = with_children(remote, role, 3);
+            config.lifetime = Duration::from_secs(90 + random.below(60));
+            for child in &mut config.children {
+                child.lifetime = Duration::from_secs(70 + random.below(60));
+            }
+            config
+        };
+        let (at_a, at_b) = (config(B, Role::Initiate), config(A, Role::Respond));
+        configure(&mut pair, at_a, at_b);
+        pair.up_a();
+        pair.run(Duration::from_secs(5));
+        let conditions = Conditions {
+            loss: random.below(10),
+            repetition: random.below(20),
+            corruption: random.below(3),
+            delay: Duration::from_millis(1 + random.below(400)),
+            job: Duration::from_millis(1 + random.below(300)),
+        };
+        pair.network.conditions = conditions;
+        let mut traffic = Traffic::new(3, conditions.delay);
+        for _ in 0..60 {
+            traffic.flow(&mut pair, Duration::from_secs(10));
+            pair.a.endpoint.save_and_restore();
+            pair.b.endpoint.save_and_restore();
+        }
+        pair.network.conditions = Conditions::PERFECT;
+        pair.run(Duration::from_secs(70));
+        pair.assert_agreement(3);
+        assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1), "seed {seed}");
+        assert!(
+            (4..=20).contains(&pair.a.ike_rekeys),
+            "{}",
+            pair.a.ike_rekeys
+        );
+        assert!(pair.a.endpoint.len() <= 2 && pair.b.endpoint.len() <= 2);
         assert!(pair.a.installed.len() <= 6 && pair.b.installed.len() <= 6);
     }
 }

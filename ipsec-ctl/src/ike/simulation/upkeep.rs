@@ -200,6 +200,7 @@ fn every_packet_finds_its_sa_while_ike_sas_replace_each_other() {
         for (remote, role) in [(B, at_a), (A, at_b)] {
             let mut config = with_children(remote, role, 4);
             config.lifetime = Duration::from_secs(200);
+            config.reauth = true;
             let command = Command::SetPeer(Box::new(config));
             if remote == B {
                 pair.tell_a(command);

@@ -143,9 +143,11 @@ impl IkeSa {
     ) {
         let kind = ExchangeType::CREATE_CHILD_SA;
         let (offer, nonce, ke, notifies) = match request {
-            // Rekeying is refused in the words that the RFC has for it; the IKE SA lives on until it is replaced.
-            ChildRequest::RekeyIke => {
-                let notify = NotifyType::NO_ADDITIONAL_SAS;
+            ChildRequest::RekeyIke { sa, nonce, ke } => {
+                return self.ike_rekey_request(shared, now, bytes, (sa, nonce, ke));
+            }
+            ChildRequest::Child { .. } if !self.takes_children(shared) => {
+                let notify = NotifyType::TEMPORARY_FAILURE;
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
             // An honest peer has one child for each pair of selectors at the most.

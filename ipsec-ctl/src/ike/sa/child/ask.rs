@@ -146,6 +146,10 @@ impl IkeSa {
             ChildResponse::Refused(notifies) => {
                 return self.child_refused(shared, now, pending, notifies);
             }
+            ChildResponse::Ike { .. } => {
+                let detail = "it answers with an IKE SA".to_owned();
+                return self.bad_answer(shared, now, &pending, detail);
+            }
             ChildResponse::Agreed { offer, nonce, ke } => (offer, nonce, ke),
         };
         let mut agreed = match self.check_answer(&pending, offer, false) {
@@ -280,7 +284,7 @@ impl IkeSa {
 
     fn keeps_children_up(&self, shared: &Shared) -> bool {
         self.state == State::Up
-            && self.retire_at.is_none()
+            && !self.is_retiring()
             && self
                 .peer
                 .is_some_and(|peer| shared.role(peer) == Some(Role::Initiate) && shared.wants(peer))
@@ -341,6 +345,10 @@ impl IkeSa {
             self.tasks
                 .extend(pairs.map(|(local, remote)| Task::Pair(child, local, remote)));
             return;
+        }
+        // RFC 7296 section 2.25: the peer is at work on the IKE SA, and there is nothing wrong.
+        if error == Some(NotifyType::TEMPORARY_FAILURE) {
+            return self.child_not_had(shared, now, &pending.replaces);
         }
         let reason = match error {
             Some(NotifyType::NO_PROPOSAL_CHOSEN) => FailureReason::PeerRefusedProposals,

@@ -34,7 +34,14 @@ impl IkeSa {
         let waiting = [&mut self.asking, &mut self.answering]
             .into_iter()
             .find_map(|slot| slot.take_if(|waiting| waiting.job == result.id));
-        match (waiting.map(|waiting| waiting.what), result.shared) {
+        let what = match waiting.map(|waiting| waiting.what) {
+            Some(ChildJob::Ike(job)) => {
+                self.ike_computed(shared, now, job, result);
+                return self.next_task(shared, now);
+            }
+            what => what,
+        };
+        match (what, result.shared) {
             (Some(ChildJob::Public(pending)), _) => {
                 self.send_child(shared, now, pending, &result.public);
             }
@@ -56,7 +63,7 @@ impl IkeSa {
                     replaces,
                 }),
                 Some(Ok(secret)),
-            ) if self.still_replaceable(replaces) => {
+            ) if self.state == State::Up && self.still_replaceable(replaces) => {
                 let nonces = Nonces {
                     initiator: &nonce_i,
                     responder: &agreed.nonce,
@@ -95,7 +102,7 @@ impl IkeSa {
                 };
                 self.respond_notify(shared, now, kind, &request, notify, &[]);
             }
-            (None, _) => {}
+            (Some(ChildJob::Ike(_)) | None, _) => {}
         }
         self.next_task(shared, now);
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     initiate::NONCE_BYTES,
-    rekey::{Lifetime, Replaces, Standing},
+    rekey::{IkeJob, Lifetime, Replaces, Standing},
 };
 use crate::ike::{
     config::{ChildConfig, ChildName},
@@ -94,6 +94,8 @@ pub(in crate::ike) enum ChildJob {
         /// The pair that the peer rekeys, and its line.
         replaces: Option<(ChildSaId, ChildSaId)>,
     },
+    /// It is no child but an IKE SA that takes the place of this one.
+    Ike(IkeJob),
 }
 
 /// A child and the job that it waits for.
@@ -116,17 +118,19 @@ pub(in crate::ike) struct Agreed {
 }
 
 impl ChildJob {
-    pub(in crate::ike::sa) fn child(&self) -> ChildName {
+    pub(in crate::ike::sa) fn child(&self) -> Option<ChildName> {
         match self {
-            Self::Public(pending) | Self::Agree(pending, _) => pending.child,
-            Self::Answer { child, .. } => *child,
+            Self::Public(pending) | Self::Agree(pending, _) => Some(pending.child),
+            Self::Answer { child, .. } => Some(*child),
+            Self::Ike(_) => None,
         }
     }
 
-    pub(in crate::ike::sa) fn spi(&self) -> u32 {
+    pub(in crate::ike::sa) fn spi(&self) -> Option<u32> {
         match self {
-            Self::Public(pending) | Self::Agree(pending, _) => pending.spi_in,
-            Self::Answer { agreed, .. } => agreed.spi_in,
+            Self::Public(pending) | Self::Agree(pending, _) => Some(pending.spi_in),
+            Self::Answer { agreed, .. } => Some(agreed.spi_in),
+            Self::Ike(_) => None,
         }
     }
 }

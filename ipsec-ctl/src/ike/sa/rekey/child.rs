@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Replaces, Rival, Standing,
+    Replaces, Rival, Standing, Succession,
     collision::{Decision, Ours, Theirs, decide},
     lowest,
 };
@@ -101,7 +101,7 @@ impl IkeSa {
             .as_mut()
             .and_then(|waiting| match &mut waiting.what {
                 ChildJob::Public(pending) | ChildJob::Agree(pending, _) => Some(pending),
-                ChildJob::Answer { .. } => None,
+                ChildJob::Answer { .. } | ChildJob::Ike(_) => None,
             });
         let sent =
             self.outstanding
@@ -110,6 +110,7 @@ impl IkeSa {
                     Exchange::Child(pending) => Some(pending),
                     Exchange::Init
                     | Exchange::Auth(_)
+                    | Exchange::RekeyIke(_)
                     | Exchange::DeleteChildren(_)
                     | Exchange::DeleteIke
                     | Exchange::Liveness => None,
@@ -221,7 +222,7 @@ impl IkeSa {
                 if pending.replaces.as_ref().is_some_and(|replaces| replaces.sa == sa))
         });
         if let Some(unsent) = unsent {
-            shared.release_pending(Some(unsent.what.spi()));
+            shared.release_pending(unsent.what.spi());
         }
     }
 
@@ -272,12 +273,12 @@ impl IkeSa {
             Some(Replaces {
                 rival: Some(rival), ..
             }) => rival.sa = new,
-            Some(_) | None => self.leave_to_peer(now, sa, Standing::Rekeyed),
+            Some(_) | None => self.leave_pair_to_peer(now, sa, Standing::Rekeyed),
         }
     }
 
     /// The peer is to delete a pair. If it never does, we do.
-    fn leave_to_peer(&mut self, now: Time, sa: ChildSaId, standing: Standing) {
+    fn leave_pair_to_peer(&mut self, now: Time, sa: ChildSaId, standing: Standing) {
         for child in self.children.iter_mut().filter(|child| child.id == sa) {
             child.standing = standing;
             child.life.shorten(now + PEER_DELETES);
@@ -304,7 +305,7 @@ impl IkeSa {
         if decide(ours, Theirs::Agrees) == Decision::Use {
             self.install(shared, now, child, agreed, keys, (Origin::Asked, replaced));
             if let Some(rival) = replaces.rival.as_ref().and_then(|rival| rival.sa) {
-                self.leave_to_peer(now, rival, Standing::Redundant);
+                self.leave_pair_to_peer(now, rival, Standing::Redundant);
                 shared.redundant(rival);
             }
             self.delete_replaced(shared, replaces.sa);
@@ -313,7 +314,7 @@ impl IkeSa {
             if let Some(new) = new {
                 self.delete_replaced(shared, new);
             }
-            self.leave_to_peer(now, replaces.sa, Standing::Rekeyed);
+            self.leave_pair_to_peer(now, replaces.sa, Standing::Rekeyed);
         }
     }
 
@@ -357,7 +358,7 @@ impl IkeSa {
         let ours = self.position_at_answer(shared, replaces, &[]);
         match decide(ours, theirs) {
             Decision::Yield => {
-                self.leave_to_peer(now, replaces.sa, Standing::Rekeyed);
+                self.leave_pair_to_peer(now, replaces.sa, Standing::Rekeyed);
                 true
             }
             Decision::AskLater => {
@@ -423,8 +424,8 @@ impl IkeSa {
 
     /// A fresh IKE SA is to come up beside this one and take its place.
     pub(in crate::ike::sa) fn ask_for_replacement(&mut self, shared: &mut Shared) {
-        if let (Some(peer), false) = (self.peer, self.replacing) {
-            self.replacing = true;
+        if let (Some(peer), Succession::InForce) = (self.peer, self.succession) {
+            self.succession = Succession::BeingReplaced;
             shared.follow_ups.push_back(FollowUp::Replace(peer));
         }
     }

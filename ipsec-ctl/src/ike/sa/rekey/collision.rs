@@ -1,12 +1,14 @@
-//! What becomes of a child when both sides want something of it at once (RFC 7296 sections 2.8.1 and 2.25.1).
+//! What becomes of an SA when both sides want something of it at once (RFC 7296 sections 2.8.1, 2.25.1 and 2.25.2).
 
-/// Where we are with a pair of SAs.
+/// Where we are with a pair of SAs, or with an IKE SA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ike::sa) enum Ours {
     /// We do not have it, or not any more.
     Gone,
     /// It is in force, and the peer has had no request of ours about it.
     InForce,
+    /// It is an IKE SA in force, and we create, rekey or delete one of its children.
+    Busy,
     /// We have asked for another in its place.
     Asked,
     /// As before, and we have agreed to what the peer wants in its place.
@@ -27,6 +29,8 @@ pub(in crate::ike::sa) enum Theirs {
     Rekeys,
     /// It deletes it.
     Deletes,
+    /// It wants to create or rekey a child in the IKE SA.
+    WantsChild,
     /// It agrees to what we asked for in its place.
     Agrees,
     /// It answers TEMPORARY_FAILURE.
@@ -68,7 +72,7 @@ pub(in crate::ike::sa) enum Decision {
     Reauthenticate,
 }
 
-/// Decides.
+/// Decides about a pair of SAs.
 ///
 /// | Ours \ theirs | rekeys | deletes | agrees | is busy | has none | refuses |
 /// |---|---|---|---|---|---|---|
@@ -88,6 +92,9 @@ pub(in crate::ike::sa) enum Decision {
 pub(in crate::ike::sa) fn decide(ours: Ours, theirs: Theirs) -> Decision {
     use Decision::*;
     match (ours, theirs) {
+        // A pair of SAs has no children.
+        (Ours::Busy, _) | (_, Theirs::WantsChild) => Ignore,
+
         (Ours::Gone, Theirs::Rekeys) => SayNone,
         (Ours::Gone, Theirs::Deletes) => Ignore,
         (Ours::Gone, Theirs::Agrees) => Use,
@@ -124,6 +131,64 @@ pub(in crate::ike::sa) fn decide(ours: Ours, theirs: Theirs) -> Decision {
         (Ours::Closing, Theirs::Deletes) => EndUnnamed,
         (Ours::Closing, Theirs::Agrees) => GiveUp,
         (Ours::Closing, Theirs::IsBusy | Theirs::HasNone | Theirs::Refuses) => Ignore,
+    }
+}
+
+/// Decides about an IKE SA. A Delete, of the IKE SA or of a child, is answered as usual wherever we are.
+///
+/// | Ours \\ theirs | rekeys | wants a child | agrees | is busy | refuses |
+/// |---|---|---|---|---|---|
+/// | in force | answer | answer | give up | ignore | ignore |
+/// | busy with a child | say busy | answer | give up | ignore | ignore |
+/// | asked | answer and compare | say busy | use | ask later | reauthenticate |
+/// | contested, ours lowest | say busy | say busy | give up | yield | yield |
+/// | contested, theirs lowest | say busy | say busy | use | yield | yield |
+/// | rekeyed | say busy | say busy | give up | yield | yield |
+/// | closing | say busy | say busy | give up | ignore | ignore |
+// RFC 7296 section 2.25.2: no IKE SA is rekeyed while one of its children is at work, and no child while its IKE SA is.
+pub(in crate::ike::sa) fn decide_ike(ours: Ours, theirs: Theirs) -> Decision {
+    use Decision::*;
+    match (ours, theirs) {
+        (_, Theirs::Deletes) => End,
+        (Ours::InForce, Theirs::Rekeys | Theirs::WantsChild) => Answer,
+        (Ours::Busy, Theirs::WantsChild) => Answer,
+        (Ours::Asked, Theirs::Rekeys) => AnswerAndCompare,
+        (
+            Ours::Gone | Ours::Contested { .. } | Ours::Rekeyed | Ours::Closing,
+            Theirs::Rekeys | Theirs::WantsChild,
+        )
+        | (Ours::Busy, Theirs::Rekeys)
+        | (Ours::Asked, Theirs::WantsChild) => SayBusy,
+
+        (
+            Ours::Asked
+            | Ours::Contested {
+                ours_is_lowest: false,
+            },
+            Theirs::Agrees,
+        ) => Use,
+        (
+            Ours::Gone
+            | Ours::InForce
+            | Ours::Busy
+            | Ours::Rekeyed
+            | Ours::Closing
+            | Ours::Contested {
+                ours_is_lowest: true,
+            },
+            Theirs::Agrees,
+        ) => GiveUp,
+
+        (Ours::Asked, Theirs::IsBusy) => AskLater,
+        (Ours::Asked, Theirs::HasNone | Theirs::Refuses) => Reauthenticate,
+        (
+            Ours::Contested { .. } | Ours::Rekeyed,
+            Theirs::IsBusy | Theirs::HasNone | Theirs::Refuses,
+        ) => Yield,
+        (
+            Ours::Gone | Ours::InForce | Ours::Busy | Ours::Closing,
+            Theirs::IsBusy | Theirs::HasNone | Theirs::Refuses,
+        ) => Ignore,
     }
 }
 
@@ -177,29 +242,51 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_table_in_the_documentation_is_what_is_decided() {
+    /// Every row of a table in the documentation above is what is decided.
+    fn holds(rows: &[(&str, Ours)], columns: &[Theirs], decide: impl Fn(Ours, Theirs) -> Decision) {
         let source = include_str!("collision.rs");
-        for (name, ours) in OURS {
-            let cells: Vec<&str> = THEIRS
+        for (name, ours) in rows {
+            let cells: Vec<&str> = columns
                 .iter()
-                .map(|theirs| words(decide(ours, *theirs)))
+                .map(|theirs| words(decide(*ours, *theirs)))
                 .collect();
             let row = format!("/// | {name} | {} |", cells.join(" | "));
             assert!(source.lines().any(|line| line == row), "{row}");
         }
     }
 
+    #[test]
+    fn the_table_of_pairs_is_what_is_decided() {
+        holds(&OURS, &THEIRS, decide);
+    }
+
+    #[test]
+    fn the_table_of_ike_sas_is_what_is_decided() {
+        let mut rows = OURS;
+        rows[0] = ("busy with a child", Ours::Busy);
+        let columns = [
+            Theirs::Rekeys,
+            Theirs::WantsChild,
+            Theirs::Agrees,
+            Theirs::IsBusy,
+            Theirs::Refuses,
+        ];
+        holds(&rows, &columns, decide_ike);
+    }
+
     // RFC 7296 section 2.8.1: exactly one of the two that were made at once stays, whichever has the lowest nonce.
     #[test]
     fn both_sides_keep_the_same_one_of_two() {
-        for first_is_lowest in [true, false] {
-            let side = |ours_is_lowest| decide(Ours::Contested { ours_is_lowest }, Theirs::Agrees);
-            let (first, second) = (side(first_is_lowest), side(!first_is_lowest));
-            assert!(matches!(
-                (first, second),
-                (Decision::GiveUp, Decision::Use) | (Decision::Use, Decision::GiveUp)
-            ));
+        for decide in [decide, decide_ike] {
+            for first_is_lowest in [true, false] {
+                let side =
+                    |ours_is_lowest| decide(Ours::Contested { ours_is_lowest }, Theirs::Agrees);
+                let (first, second) = (side(first_is_lowest), side(!first_is_lowest));
+                assert!(matches!(
+                    (first, second),
+                    (Decision::GiveUp, Decision::Use) | (Decision::Use, Decision::GiveUp)
+                ));
+            }
         }
     }
 }

@@ -2,13 +2,38 @@
 //! do at once, both end with the same one.
 
 mod child;
-pub(super) mod collision;
+mod collision;
+mod ike;
 
 use serde::{Deserialize, Serialize};
 
-pub(super) use child::Replaced;
+pub(super) use {
+    child::Replaced,
+    ike::{IkeJob, PendingIke},
+};
 
-use crate::ike::{event::ChildSaId, time::Time};
+use crate::ike::{
+    event::{ChildSaId, DownReason, IkeSaId},
+    time::Time,
+};
+
+/// What is to become of an IKE SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::ike) enum Succession {
+    /// It stays, as far as anybody knows.
+    InForce,
+    /// Both sides want another in the place of that one; whether this is the one that stays is not clear yet.
+    Undecided(IkeSaId),
+    /// A fresh one is coming up beside it.
+    BeingReplaced,
+    /// Another has taken its place. Unless the peer deletes it before, we do so then.
+    Retires {
+        /// When.
+        at: Time,
+        /// With this reason.
+        why: DownReason,
+    },
+}
 
 /// When an SA is replaced, and when it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
