@@ -7,7 +7,7 @@ use std::{
     fs::{self, File},
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     time::Duration,
 };
 
@@ -19,8 +19,9 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
-    command::{checked, find, tail, wait_for},
+    command::{checked, tail, wait_for},
     netns::Netns,
+    release::Release,
     topology::{Family, Side},
 };
 
@@ -33,6 +34,7 @@ const MARK: &str = "0x42";
 /// A running charon; killed on drop.
 #[derive(Debug)]
 pub struct StrongSwan {
+    release: Release,
     folder: TempDir,
     child: Child,
 }
@@ -58,6 +60,8 @@ pub struct Connection {
     pub dpd: u32,
     /// It splits messages whose IP datagram would be longer than 576 bytes (RFC 7383).
     pub fragments: bool,
+    /// Further lines of the connection: `unique = never`.
+    pub lines: Vec<String>,
 }
 
 /// A child of a connection.
@@ -71,6 +75,8 @@ pub struct ChildConnection {
     pub remote: String,
     /// ESP proposals, comma-separated.
     pub esp: String,
+    /// Further lines of the child: `rekey_time = 5s`.
+    pub lines: Vec<String>,
 }
 
 impl Connection {
@@ -89,9 +95,11 @@ impl Connection {
                 local: side.prefix(Family::V4),
                 remote: side.other().prefix(Family::V4),
                 esp: esp.to_owned(),
+                lines: Vec::new(),
             }],
             dpd: 0,
             fragments: false,
+            lines: Vec::new(),
         }
     }
 
@@ -105,14 +113,18 @@ impl Connection {
             .map(|child| {
                 format!(
                     "      {} {{\n        local_ts = {}\n        remote_ts = {}\n        esp_proposals = {}\n        \
-                     mode = tunnel\n        start_action = none\n        dpd_action = clear\n      }}\n",
-                    child.name, child.local, child.remote, child.esp
+                     mode = tunnel\n        start_action = none\n        dpd_action = clear\n{}      }}\n",
+                    child.name,
+                    child.local,
+                    child.remote,
+                    child.esp,
+                    lines(&child.lines)
                 )
             })
             .collect();
         format!(
             "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
-             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = {}\n    dpd_delay = {}s\n    \
+             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = {}\n    dpd_delay = {}s\n{}    \
              local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
              children {{\n{children}    }}\n  }}\n}}\n\
              secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
@@ -121,6 +133,7 @@ impl Connection {
             self.ike,
             if self.fragments { "yes" } else { "no" },
             self.dpd,
+            lines(&self.lines),
             self.local_id,
             self.remote_id,
             self.local_id,
@@ -130,6 +143,11 @@ impl Connection {
     }
 }
 
+/// Lines of a section.
+fn lines(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("    {line}\n")).collect()
+}
+
 impl StrongSwan {
     /// Starts charon in a namespace and waits until it can be asked.
     ///
@@ -137,11 +155,25 @@ impl StrongSwan {
     ///
     /// It does not come up; the error has its log.
     pub fn start(netns: &Netns) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("ipx-swan-").tempdir()?;
-        Self::start_in(netns, folder)
+        Self::start_release(&Release::installed(), netns, &[])
     }
 
-    fn start_in(netns: &Netns, folder: TempDir) -> anyhow::Result<Self> {
+    /// As [`Self::start`], of some release, with further lines for charon: `cookie_threshold = 1`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::start`].
+    pub fn start_release(release: &Release, netns: &Netns, lines: &[&str]) -> anyhow::Result<Self> {
+        let folder = release.folder("ipx-swan-")?;
+        let seen = release.seen(folder.path());
+        fs::write(
+            folder.path().join("strongswan.conf"),
+            settings(&seen, lines),
+        )?;
+        Self::start_in(release.clone(), netns, folder)
+    }
+
+    fn start_in(release: Release, netns: &Netns, folder: TempDir) -> anyhow::Result<Self> {
         let path = folder.path();
         // swanctl wants its folders, empty or not.
         for name in [
@@ -149,18 +181,23 @@ impl StrongSwan {
         ] {
             fs::create_dir_all(path.join("swanctl").join(name))?;
         }
-        fs::write(path.join("strongswan.conf"), settings(path))?;
         let output = File::create(path.join("stdout"))?;
-        let charon = find("charon-systemd").context("charon-systemd is not installed")?;
-        let child = netns
-            .command(&charon.display().to_string())?
-            .env("STRONGSWAN_CONF", path.join("strongswan.conf"))
+        let child = release
+            .command_in(netns, "charon-systemd")?
+            .env(
+                "STRONGSWAN_CONF",
+                release.seen(path).join("strongswan.conf"),
+            )
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
             .spawn()
             .context("charon cannot be started")?;
-        let started = Self { folder, child };
+        let started = Self {
+            release,
+            folder,
+            child,
+        };
         let socket = started.file("vici.sock");
         wait_for("charon", Duration::from_secs(10), || {
             Ok(std::os::unix::net::UnixStream::connect(&socket)
@@ -180,11 +217,12 @@ impl StrongSwan {
         self.child.kill()?;
         self.child.wait()?;
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir()?);
+        let release = self.release.clone();
         drop(self);
         let _ = fs::remove_file(folder.path().join("vici.sock"));
         // What the userspace ESP leaves behind in its namespace would be in the way of the next one.
         let _ = netns.ip("link del ipsec0");
-        let again = Self::start_in(netns, folder)?;
+        let again = Self::start_in(release, netns, folder)?;
         again.swanctl(&["--load-all", "--clear"])?;
         Ok(again)
     }
@@ -228,6 +266,58 @@ impl StrongSwan {
     pub fn terminate_child(&self, child: &str) -> anyhow::Result<()> {
         self.swanctl(&["--terminate", "--child", child, "--timeout", "10"])?;
         Ok(())
+    }
+
+    /// Has it rekey a child in place.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn rekey_child(&self, child: &str) -> anyhow::Result<()> {
+        self.swanctl(&["--rekey", "--child", child])?;
+        Ok(())
+    }
+
+    /// Has it rekey the IKE SA.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn rekey_ike(&self) -> anyhow::Result<()> {
+        self.swanctl(&["--rekey", "--ike", "t"])?;
+        Ok(())
+    }
+
+    /// Has it reauthenticate: a new IKE SA in place of the old one.
+    ///
+    /// # Errors
+    ///
+    /// swanctl's.
+    pub fn reauthenticate(&self) -> anyhow::Result<()> {
+        self.swanctl(&["--rekey", "--ike", "t", "--reauth"])?;
+        Ok(())
+    }
+
+    /// Stops the process where it is, as an overloaded machine would.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn freeze(&self) -> anyhow::Result<()> {
+        Ok(kill(self.pid()?, Signal::SIGSTOP)?)
+    }
+
+    /// Lets a frozen process go on.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn thaw(&self) -> anyhow::Result<()> {
+        Ok(kill(self.pid()?, Signal::SIGCONT)?)
+    }
+
+    fn pid(&self) -> anyhow::Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
     }
 
     /// Its SAs, as swanctl lists them.
@@ -277,25 +367,26 @@ impl StrongSwan {
     }
 
     fn swanctl(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let swanctl = find("swanctl").context("swanctl is not installed")?;
+        let folder = self.release.seen(self.folder.path());
         checked(
-            Command::new(swanctl)
+            self.release
+                .command("swanctl")?
                 .args(arguments)
                 .arg("--uri")
-                .arg(format!("unix://{}", self.file("vici.sock").display()))
-                .env("STRONGSWAN_CONF", self.file("strongswan.conf"))
-                .env("SWANCTL_DIR", self.file("swanctl")),
+                .arg(format!("unix://{}", folder.join("vici.sock").display()))
+                .env("STRONGSWAN_CONF", folder.join("strongswan.conf"))
+                .env("SWANCTL_DIR", folder.join("swanctl")),
         )
     }
 }
 
 impl Drop for StrongSwan {
     fn drop(&mut self) {
-        let Ok(pid) = i32::try_from(self.child.id()) else {
+        let Ok(pid) = self.pid() else {
             return;
         };
         // It says goodbye to its peers on SIGTERM; one that hangs is killed.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let _ = kill(pid, Signal::SIGTERM);
         let gone = wait_for("charon to stop", Duration::from_secs(3), || {
             Ok(self.child.try_wait()?.map(drop))
         });
@@ -306,8 +397,9 @@ impl Drop for StrongSwan {
     }
 }
 
-fn settings(folder: &Path) -> String {
+fn settings(folder: &Path, further: &[&str]) -> String {
     let folder = folder.display();
+    let further: String = further.iter().map(|line| format!("  {line}\n")).collect();
     format!(
         "charon-systemd {{
   load = {PLUGINS}
@@ -316,7 +408,8 @@ fn settings(folder: &Path) -> String {
   fragment_size = 576
   retransmit_tries = 3
   retransmit_timeout = 1.0
-  journal {{
+  make_before_break = yes
+{further}  journal {{
     default = -1
   }}
   filelog {{

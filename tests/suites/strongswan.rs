@@ -227,6 +227,7 @@ fn two_children_carry_what_is_theirs() -> anyhow::Result<()> {
                     local,
                     remote,
                     esp: SUITE.1.to_owned(),
+                    lines: Vec::new(),
                 }
             })
             .to_vec();

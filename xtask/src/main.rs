@@ -5,6 +5,7 @@ mod ci;
 mod clean;
 mod command;
 mod demo;
+mod proof;
 mod setup;
 mod test;
 mod tidy;
@@ -48,6 +49,21 @@ enum Task {
         #[arg(long, default_value = "plain")]
         scenario: String,
     },
+    /// Try all that we and other IKE implementations have in common, in both roles, and write docs/interop.md
+    Interop {
+        /// Only rows whose name contains this; the page is then left alone
+        #[arg(default_value = "")]
+        rows: String,
+    },
+    /// Run two gateways under traffic, rekeying, loss, NAT rebinding and restarts, and check what must always hold
+    Soak {
+        /// How long
+        #[arg(long, default_value_t = 10)]
+        minutes: u32,
+        /// What happens when follows from it; printed if not given
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Remove what tests and demos left: namespaces with their processes, and pins
     Clean {
         /// The build tools in target/tools as well
@@ -80,6 +96,8 @@ fn main() -> anyhow::Result<()> {
         Task::Build { debug: false } => command::build_release(),
         Task::Test { full, groups } => test::run(full, &groups),
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),
+        Task::Interop { rows } => proof::interop(&rows),
+        Task::Soak { minutes, seed } => proof::soak(minutes, seed),
         Task::Bench => command::bench(),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),

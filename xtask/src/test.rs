@@ -56,6 +56,8 @@ const GROUPS: &[Group] = &[
             "attacker",
             "--test",
             "fast_path",
+            "--test",
+            "rekey",
         ],
     },
     Group {

@@ -50,6 +50,10 @@ const PACKAGES: &[Package] = &[
     ),
     build("libpolly-22-dev", "LLVM is linked with it"),
     build("zlib1g-dev", "LLVM is linked with it"),
+    test(
+        "mmdebstrap",
+        "unpacks newer peers for `cargo xtask interop`",
+    ),
     test("iproute2", "network namespaces of tests and demo"),
     test("ethtool", "checksum offload of their interfaces"),
     test("nftables", "NAT and firewalls in tests"),
