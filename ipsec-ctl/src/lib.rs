@@ -11,3 +11,7 @@ pub mod dataplane;
 pub mod esp;
 pub mod ike;
 pub mod net;
+
+#[cfg(test)]
+#[path = "../tests/support/skip.rs"]
+mod skip;

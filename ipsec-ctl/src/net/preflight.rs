@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn what_was_changed_is_set_back_once() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: sysctls need root");
+            crate::skip::skip("sysctls need root");
             return;
         }
         let folder = tempfile::tempdir().unwrap();

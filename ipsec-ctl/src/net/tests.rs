@@ -12,7 +12,7 @@ use super::{
 /// Runs a test in a fresh network namespace. Without root there is none to be had, and the test says so.
 pub(super) fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: a network namespace needs root");
+        crate::skip::skip("a network namespace needs root");
         return;
     }
     let result = thread::spawn(move || {

@@ -11,6 +11,7 @@ use ipsec_ctl::dataplane::seam::{Command, FastPath, PathCounters};
 use crate::{
     gateway::{Gateway, gateways, tunnel},
     net::{Net, client, echo, exchange},
+    skip::skip,
 };
 
 /// Two gateways whose tunnel is on the fast path; none where there is no fast path.
@@ -25,7 +26,7 @@ pub(crate) fn fast_gateways(net: &Net, v6: bool, encap: bool) -> Option<(Gateway
             .iter()
             .any(|interface| interface.reason.is_some())
         {
-            eprintln!("skipped: no fast path here: {interfaces:?}");
+            skip(format_args!("no fast path here: {interfaces:?}"));
             return None;
         }
     }

@@ -21,6 +21,8 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 
+use crate::skip::skip;
+
 /// Namespaces of one test, removed when dropped.
 pub(crate) struct Net {
     prefix: String,
@@ -34,7 +36,7 @@ impl Net {
     /// `None`, with the reason printed, where namespaces cannot be made.
     pub(crate) fn new(test: &str) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root for network namespaces");
+            skip("network namespaces need root");
             return None;
         }
         let net = Self {

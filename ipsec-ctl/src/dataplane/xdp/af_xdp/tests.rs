@@ -17,11 +17,11 @@ use super::{
 
 /// Runs a test on a thread of its own in a fresh network namespace with two veth pairs, a0-a1 and b0-b1.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    if !nix::unistd::geteuid().is_root() {
+        return crate::skip::skip("a network namespace needs root");
+    }
     std::thread::spawn(move || {
-        if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
-            eprintln!("skipped: a network namespace needs root: {error}");
-            return;
-        }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         for pair in ["a", "b"] {
             ip(&format!("link add {pair}0 type veth peer name {pair}1"));
             for end in 0..2 {

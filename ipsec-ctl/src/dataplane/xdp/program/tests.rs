@@ -11,6 +11,7 @@ use crate::dataplane::xdp::{
     af_xdp::{socket::open_all, umem::Umem},
     words::WordsArray,
 };
+use crate::skip::skip;
 
 #[test]
 fn interfaces_get_elements_of_their_own_and_keep_them() {
@@ -55,11 +56,11 @@ impl Drop for Bed {
 /// Runs a test on a thread of its own in a fresh network namespace.
 fn in_namespace(name: &str, test: impl FnOnce(Bed) + Send + 'static) {
     let instance = format!("ipx-{name}-{}", std::process::id());
-    std::thread::spawn(move || {
-        if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
-            eprintln!("skipped: a network namespace needs root: {error}");
-            return;
-        }
+    if !nix::unistd::geteuid().is_root() {
+        return skip("a network namespace needs root");
+    }
+    let skipped = std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         for command in [
             "link add in0 type veth peer name out0",
             "link set in0 address 02:00:00:00:00:07 up",
@@ -78,7 +79,7 @@ fn in_namespace(name: &str, test: impl FnOnce(Bed) + Send + 'static) {
             std::fs::write(format!("/proc/sys/net/{family}/conf/all/forwarding"), "1").unwrap();
         }
         match Program::load(&instance) {
-            Err(ProgramError::NotBuilt) => eprintln!("skipped: {}", ProgramError::NotBuilt),
+            Err(error @ ProgramError::NotBuilt) => Some(error),
             loaded => {
                 let mut program = loaded.unwrap();
                 let link = ifindex("in0");
@@ -88,11 +89,13 @@ fn in_namespace(name: &str, test: impl FnOnce(Bed) + Send + 'static) {
                     link,
                     instance,
                 });
+                None
             }
         }
-    })
-    .join()
-    .unwrap();
+    });
+    if let Some(reason) = skipped.join().unwrap() {
+        skip(reason);
+    }
 }
 
 fn ip(arguments: &str) {

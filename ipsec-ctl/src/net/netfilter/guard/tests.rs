@@ -16,7 +16,7 @@ fn pair(source: [u8; 4], destination: [u8; 4]) -> Pair<Ipv4Addr> {
 /// Runs in a network namespace of its own, which ends with the thread; not at all without root.
 fn apart(work: impl FnOnce() + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: network namespaces need root");
+        crate::skip::skip("network namespaces need root");
         return;
     }
     let apart = std::thread::spawn(move || {
