@@ -8,6 +8,8 @@ pub mod crypto;
 pub mod endpoint;
 pub mod event;
 pub mod exchange;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod identity;
 pub mod job;
 pub mod message;

@@ -26,6 +26,8 @@ const AEAD_IV: usize = 8;
 const TAG: usize = 16;
 /// Fragments that a message may have: its parts' numbers fit seven bits of an IV, and no honest message needs more.
 pub const MOST_PARTS: u16 = 64;
+/// In the place of a part's number: none has it.
+const SYNCHRONIZATION: u16 = 127;
 
 /// Why a message cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +68,7 @@ pub fn seal(
 ) -> Result<Vec<u8>, SealError> {
     let (first, content) = emit_payloads(payloads)?;
     let content = Zeroizing::new(content);
-    seal_part(header, first, None, &content, (suite, keys), random)
+    seal_part(header, first, Use::Whole, &content, (suite, keys), random)
 }
 
 /// Writes a message whose payloads are all encrypted, as fragments of at most `most` bytes each if it is longer.
@@ -88,7 +90,7 @@ pub fn seal_split(
     let content = Zeroizing::new(content);
     let shape = Shape::of(suite);
     if encrypted_overhead(false) + shape.body(content.len()) <= most {
-        return seal_part(header, first, None, &content, (suite, keys), random)
+        return seal_part(header, first, Use::Whole, &content, (suite, keys), random)
             .map(|whole| vec![whole]);
     }
     let chunk = shape.content_within(most.saturating_sub(encrypted_overhead(true)));
@@ -105,10 +107,35 @@ pub fn seal_split(
             } else {
                 PayloadType::NONE
             };
-            let part = Some(Part { number, total });
+            let part = Use::Part(Part { number, total });
             seal_part(header, first, part, chunk, (suite, keys), random)
         })
         .collect()
+}
+
+/// Writes our answer to a synchronization of message IDs, all of which have message ID 0; `unique` tells them apart.
+///
+/// # Errors
+///
+/// [`SealError`].
+pub fn seal_synchronization(
+    header: &Header,
+    payloads: &[Payload<'_>],
+    (suite, keys): (&IkeSuite, &SkKeys),
+    random: &mut dyn Random,
+    unique: u32,
+) -> Result<Vec<u8>, SealError> {
+    let (first, content) = emit_payloads(payloads)?;
+    let how = Use::Synchronization(unique);
+    seal_part(header, first, how, &content, (suite, keys), random)
+}
+
+/// What a datagram is, as far as its IV must tell.
+#[derive(Clone, Copy)]
+enum Use {
+    Whole,
+    Part(Part),
+    Synchronization(u32),
 }
 
 /// Lengths that a suite gives to the body of an Encrypted payload, in bytes.
@@ -155,11 +182,16 @@ impl Shape {
 fn seal_part(
     header: &Header,
     first: PayloadType,
-    part: Option<Part>,
+    how: Use,
     content: &[u8],
     (suite, keys): (&IkeSuite, &SkKeys),
     random: &mut dyn Random,
 ) -> Result<Vec<u8>, SealError> {
+    let (part, number, unique) = match how {
+        Use::Whole => (None, 0, header.message_id.0),
+        Use::Part(part) => (Some(part), part.number, header.message_id.0),
+        Use::Synchronization(unique) => (None, SYNCHRONIZATION, unique),
+    };
     let shape = Shape::of(suite);
     let padding = shape.padding(content.len());
     let plain = content.len() + padding + 1;
@@ -178,10 +210,9 @@ fn seal_part(
         let [_, _, _, kind, id @ ..] = iv_bytes else {
             return Err(SealError::Keys);
         };
-        let number = part.map_or(0, |part| part.number);
         *kind = u8::try_from(number << 1).map_err(|_| EmitError("message"))?
             | u8::from(header.flags.response);
-        id.copy_from_slice(&header.message_id.0.to_be_bytes());
+        id.copy_from_slice(&unique.to_be_bytes());
     }
     let (text, tag) = rest.split_at_mut(plain);
     text.get_mut(..content.len())

@@ -51,6 +51,12 @@ impl Fragments {
         }
     }
 
+    /// Drops what has arrived of messages that will never be whole.
+    pub(super) fn forget(&mut self) {
+        self.request = None;
+        self.response = None;
+    }
+
     /// Takes the content of an authentic fragment; returns the whole chain of payloads and the type of its first, if this
     /// was the last that was missing.
     // RFC 7383 section 2.6: a repeated fragment is dropped; a larger total means that the peer has split the message anew

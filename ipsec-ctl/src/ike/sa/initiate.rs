@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, rekey::Succession,
+    sync::sync_supported,
 };
 use crate::ike::{
     Identity,
@@ -79,6 +80,7 @@ impl IkeSa {
             outstanding: None,
             answered: None,
             fragments: super::fragments::Fragments::default(),
+            sync: super::sync::Sync::default(),
             tasks: VecDeque::new(),
             job: None,
             asking: None,
@@ -435,6 +437,7 @@ impl IkeSa {
                 Payload::TsResponder(pending.ts_remote()),
             ]);
         }
+        payloads.push(sync_supported());
         self.local_id = Some(id);
         self.state = State::AuthSent;
         self.next_request = 1;
@@ -488,6 +491,7 @@ impl IkeSa {
             return;
         }
         self.remote_id = Some(identity);
+        self.sync.agreed = notifies.has(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED);
         self.come_up(shared, now, false);
         let first = pending.as_ref().map(|pending| pending.child);
         if let Some(pending) = pending {

@@ -10,6 +10,7 @@ mod initiate;
 mod rekey;
 mod requests;
 mod respond;
+mod sync;
 mod timers;
 
 use std::{
@@ -231,6 +232,7 @@ pub(super) struct IkeSa {
     outstanding: Option<Outstanding>,
     answered: Option<Answered>,
     fragments: fragments::Fragments,
+    sync: sync::Sync,
     tasks: VecDeque<Task>,
     job: Option<JobId>,
     /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.

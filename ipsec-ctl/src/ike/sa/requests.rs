@@ -6,6 +6,7 @@ use zeroize::Zeroizing;
 
 use super::{
     Answered, Exchange, IkeSa, Outstanding, State, Task, child::ChildJob, rekey::Succession,
+    sync::Numbers,
 };
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
@@ -61,6 +62,27 @@ impl IkeSa {
             ours,
             &mut *shared.random,
             most,
+        )
+        .ok()
+    }
+
+    /// Seals our half of a synchronization; `proposed` never comes twice.
+    pub(super) fn seal_synchronized(
+        &self,
+        shared: &mut Shared,
+        ours: &Numbers,
+        proposed: u32,
+    ) -> Option<Vec<u8>> {
+        let (keys, _) = self.directions()?;
+        let data = ours.bytes();
+        let notify = Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &data);
+        let header = self.header(ExchangeType::INFORMATIONAL, 0, true);
+        sk::seal_synchronization(
+            &header,
+            &[Payload::Notify(notify)],
+            (self.suite.as_ref()?, keys),
+            &mut *shared.random,
+            proposed,
         )
         .ok()
     }
@@ -230,7 +252,8 @@ impl IkeSa {
             return shared.refuse(Refusal::TooEarly);
         };
         let is_late = !self.is_in_window(header) || self.state == State::Lingering;
-        if is_late && (part.is_none() || !self.is_last_request_again(header, part)) {
+        let may_sync = part.is_none() && self.may_synchronize(header);
+        if is_late && !may_sync && !self.is_last_request_again(header, part) {
             return self.out_of_window(shared, now, header, bytes);
         }
         let chain = match sk::open(bytes, encrypted, suite, theirs) {
@@ -239,6 +262,13 @@ impl IkeSa {
         };
         // From here on the message is the peer's own.
         self.heard = now;
+        if may_sync && let Some(numbers) = Self::proposed(encrypted.first, &chain) {
+            self.synchronize(shared, now, bytes, numbers);
+            return self.next_task(shared, now);
+        }
+        if is_late && part.is_none() {
+            return self.out_of_window(shared, now, header, bytes);
+        }
         if is_late {
             return self.respond_again(shared, now);
         }

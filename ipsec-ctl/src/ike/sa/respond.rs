@@ -6,6 +6,7 @@ use super::{
     Closed, IkeSa, State,
     child::PendingChild,
     initiate::{NONCE_BYTES, check_psk, fragmentation_supported, id_body, nat_notifies},
+    sync::sync_supported,
 };
 use crate::ike::{
     Identity,
@@ -270,6 +271,13 @@ impl IkeSa {
                 data: &proof,
             }),
         ];
+        // RFC 6311 section 4.2: only who has heard of it is told.
+        self.sync.agreed = request
+            .notifies
+            .has(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED);
+        if self.sync.agreed {
+            payloads.push(sync_supported());
+        }
         let spi = PendingChild::spi_of(answer.as_ref());
         if let Some(answer) = &answer {
             PendingChild::answer_payloads(answer, &spi, &mut payloads);

@@ -200,6 +200,21 @@ impl PendingChild {
         Self::ts_of(self.packet.map(|(_, remote)| remote), &self.remote)
     }
 
+    /// The group of its key exchange, if it has one.
+    pub(in crate::ike::sa) fn group(&self) -> Option<Group> {
+        self.private.as_ref().map(PrivateKey::group)
+    }
+
+    /// The same once more, with an SPI, a nonce and, later, a private value of its own.
+    pub(in crate::ike::sa) fn again(self, shared: &mut Shared) -> Self {
+        Self {
+            spi_in: shared.allocate_spi(),
+            nonce: shared.random_bytes(NONCE_BYTES),
+            private: None,
+            ..self
+        }
+    }
+
     /// The group that comes first in our proposals.
     pub(in crate::ike::sa) fn first_group(&self) -> Option<Group> {
         self.proposals

@@ -607,6 +607,7 @@ impl IkeSa {
             local_id: self.local_id.clone(),
             remote_id: self.remote_id.clone(),
             fragments: self.fragments.inherited(),
+            sync: self.sync.inherited(),
             ..Self::blank(shared.next_ike(), now, self.local, self.remote)
         };
         heir.set_lifetime(shared, now);

@@ -1,0 +1,4 @@
+//! See `ipsec_ctl::ike::fuzzing::key_exchange`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| ipsec_ctl::ike::fuzzing::key_exchange(input));
