@@ -65,7 +65,10 @@ impl Column {
             row: row.to_owned(),
             peer: self.peer.clone(),
             role: self.role(),
-            failure: result.err().map(|error| format!("{error:#}")),
+            // The page has the first line: the cause, and not the log around it.
+            failure: result
+                .err()
+                .map(|error| format!("{}\n{error:#}", error.root_cause())),
         }
     }
 
