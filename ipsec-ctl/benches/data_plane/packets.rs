@@ -152,6 +152,7 @@ pub(crate) fn sa(suite: EspSuite, direction: Direction, swapped: bool) -> SaSpec
             hard_packets: u64::MAX,
             soft_bytes: u64::MAX,
             hard_bytes: u64::MAX,
+            expires: None,
         },
     }
 }

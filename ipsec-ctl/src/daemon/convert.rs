@@ -1,6 +1,6 @@
 //! Between the values of the configuration, of the endpoint and of the data plane, which do not know each other.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Duration};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 use ipsec_common::TrafficSelector;
@@ -109,6 +109,7 @@ pub(super) fn volume(packets: Option<u64>, bytes: Option<u64>, esn: bool) -> Lif
         hard_packets,
         soft_bytes: soft(hard_bytes),
         hard_bytes,
+        expires: None,
     }
 }
 
@@ -175,13 +176,17 @@ pub(super) fn packet(flow: &Flow) -> (TrafficSelector, TrafficSelector) {
     )
 }
 
-/// What the data plane is told of one direction of a negotiated pair of SAs.
+/// Time that the data plane gives an SA beyond its lifetime, within which a daemon that lives has removed it.
+const OVERTIME: Duration = Duration::from_secs(10);
+
+/// What the data plane is told of one direction of a pair of SAs that was negotiated at `now` (seconds of CLOCK_MONOTONIC).
 pub(super) fn sa_spec(
     tunnel: TunnelId,
     child: &Child,
     up: &ChildUp,
     id: SaId,
     direction: Direction,
+    now: u64,
 ) -> SaSpec {
     let esn = up.suite.esn == Esn::Yes;
     let (spi, key) = match direction {
@@ -206,7 +211,10 @@ pub(super) fn sa_spec(
             local: up.local.clone(),
             remote: up.remote.clone(),
         },
-        lifetime: volume(child.lifetime_packets, child.lifetime_bytes, esn),
+        lifetime: Lifetime {
+            expires: Some(now.saturating_add((child.lifetime + OVERTIME).as_secs())),
+            ..volume(child.lifetime_packets, child.lifetime_bytes, esn)
+        },
     }
 }
 

@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     config::Role,
-    dataplane::seam::{self, Direction, LifetimeKind, SaId, TunnelId},
+    dataplane::{
+        seam::{self, Direction, LifetimeKind, SaId, TunnelId},
+        xdp::slow::monotonic_seconds,
+    },
     ike::{
         config::{ChildName, PeerId},
         event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeUp},
@@ -146,9 +149,10 @@ impl Gateway {
         }) else {
             return;
         };
+        let now = monotonic_seconds();
         let [ours, theirs] = [
-            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound),
-            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound),
+            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound, now),
+            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound, now),
         ];
         let (tunnel, child) = (self.name_of(up.peer), config.name.clone());
         self.install(ours, &tunnel, &child).await;

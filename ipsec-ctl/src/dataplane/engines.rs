@@ -4,6 +4,11 @@
 //! Sockets, routes and the XDP program belong to the `xdp` engine, which is always there. The `kernel` engine is started
 //! with the first tunnel that asks for it.
 
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
 use tokio::sync::{OnceCell, mpsc};
 
 use super::{
@@ -21,6 +26,8 @@ pub struct Engines {
     xdp: Engine,
     kernel: OnceCell<kernel::engine::Engine>,
     netlink: Netlink,
+    /// When SAs end, whatever becomes of the daemon.
+    deadlines: Mutex<HashMap<SaId, u64>>,
 }
 
 impl Engines {
@@ -39,6 +46,7 @@ impl Engines {
             xdp,
             kernel: OnceCell::new(),
             netlink,
+            deadlines: Mutex::default(),
         };
         Ok((engines, events))
     }
@@ -68,14 +76,18 @@ impl Engines {
                     .await
             }
             Command::Install(spec) => {
-                self.give(self.kernel_of(spec.tunnel).await, Command::Install(spec))
-                    .await
+                let (id, expires) = (spec.id, spec.lifetime.expires);
+                let kernel = self.kernel_of(spec.tunnel).await;
+                let ledger = self.give(kernel, Command::Install(spec)).await?;
+                self.deadlines().extend(expires.map(|at| (id, at)));
+                Ok(ledger)
             }
             Command::SetCarrier(id, on) => {
                 self.give(self.kernel_of(id).await, Command::SetCarrier(id, on))
                     .await
             }
             Command::Remove(id) => {
+                self.deadlines().remove(&id);
                 self.give(self.kernel_with(id).await, Command::Remove(id))
                     .await
             }
@@ -85,6 +97,31 @@ impl Engines {
             }
             Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
         }
+    }
+
+    /// Removes SAs whose time is over at `now` (seconds of CLOCK_MONOTONIC).
+    pub async fn expire(&self, now: u64) {
+        let due: Vec<SaId> = {
+            let deadlines = self.deadlines();
+            let over = deadlines.iter().filter(|(_, at)| **at <= now);
+            over.map(|(id, _)| *id).collect()
+        };
+        for id in due {
+            tracing::warn!(
+                sa = id.0,
+                "an SA has reached the end of its life and no daemon has replaced it"
+            );
+            // What cannot be removed is tried again.
+            if self.command(Command::Remove(id)).await.is_err() {
+                self.deadlines().insert(id, now);
+            }
+        }
+    }
+
+    fn deadlines(&self) -> MutexGuard<'_, HashMap<SaId, u64>> {
+        self.deadlines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives a command to the kernel engine if it concerns that one, else to the other.

@@ -235,6 +235,7 @@ pub(crate) fn sa_spec(
             hard_packets: u64::MAX,
             soft_bytes: u64::MAX,
             hard_bytes: u64::MAX,
+            expires: None,
         },
     }
 }

@@ -12,7 +12,7 @@ use tokio::{
     },
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -20,12 +20,15 @@ use super::{Answer, Call, Hello, Told, Welcome, frame, is_one_of_us, is_same_pro
 use crate::dataplane::{
     engines::Engines,
     seam::{EngineConfig, Event},
+    xdp::slow::monotonic_seconds,
 };
 
 /// Time that a visitor has to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Time after which a data plane that no daemon has started gives up.
 const UNWANTED: Duration = Duration::from_secs(30);
+/// How often the ends of SAs are looked at.
+const TICK: Duration = Duration::from_secs(1);
 /// Events that wait for the next daemon; older ones are let go.
 const KEPT: usize = 1024;
 
@@ -70,6 +73,8 @@ pub async fn serve(listener: UnixListener) -> Result<(), ServeError> {
     let mut attached: Option<Attached> = None;
     let unwanted = sleep(UNWANTED);
     tokio::pin!(unwanted);
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             Some(Visitor { stream, hello }) = visitors.recv() => match hello {
@@ -89,6 +94,9 @@ pub async fn serve(listener: UnixListener) -> Result<(), ServeError> {
                     info!("the daemon has gone; packets go on");
                 }
             }
+            _ = ticks.tick() => if let Some(running) = &running {
+                running.engines.expire(monotonic_seconds()).await;
+            },
             () = &mut unwanted, if running.is_none() => break,
             _ = terminate.recv() => break,
         }

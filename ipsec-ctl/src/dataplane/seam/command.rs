@@ -164,7 +164,7 @@ pub struct SaSpec {
     pub outer: Outer,
     /// Negotiated selectors.
     pub selectors: SelectorPair,
-    /// Limits by volume; limits by time are the daemon's.
+    /// Its limits.
     pub lifetime: Lifetime,
 }
 
@@ -188,7 +188,7 @@ pub struct UdpEncap {
     pub remote_port: u16,
 }
 
-/// Limits of an SA by volume. `u64::MAX` is none.
+/// Limits of an SA. By volume `u64::MAX` is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lifetime {
     /// Packets after which [`super::LifetimeKind::Soft`] is reported.
@@ -199,6 +199,8 @@ pub struct Lifetime {
     pub soft_bytes: u64,
     /// Bytes of inner packets after which the SA carries nothing more.
     pub hard_bytes: u64,
+    /// Second of CLOCK_MONOTONIC from which on the SA carries nothing more. The daemon goes first; this is for when there is none.
+    pub expires: Option<u64>,
 }
 
 /// An IKE message with its addresses, without the non-ESP marker of RFC 3948.

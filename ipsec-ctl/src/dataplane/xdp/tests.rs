@@ -33,6 +33,7 @@ const NO_LIMIT: Lifetime = Lifetime {
     hard_packets: u64::MAX,
     soft_bytes: u64::MAX,
     hard_bytes: u64::MAX,
+    expires: None,
 };
 const GCM: EspSuite = EspSuite::Aes256Gcm16;
 
