@@ -8,7 +8,7 @@ use crate::{
     gateway::{Gateway, Tunnel},
     ping::Ping,
     topology::{Family, Side, Topology},
-    udp::Flow,
+    udp::{Flow, Running},
 };
 
 /// Longest that a tunnel may take to come up in a test.
@@ -69,6 +69,48 @@ pub fn hosts_talk(topology: &Topology, family: Family) -> anyhow::Result<()> {
         flow.run(here, there)?.is_perfect().with_context(way)?;
     }
     Ok(())
+}
+
+/// Numbered packets between the hosts, both ways, until [`Flows::are_perfect`].
+#[derive(Debug)]
+pub struct Flows(Vec<(Side, Running)>);
+
+impl Flows {
+    /// Starts them, for a minute at most.
+    ///
+    /// # Errors
+    ///
+    /// Sockets cannot be opened.
+    pub fn start(topology: &Topology) -> anyhow::Result<Self> {
+        let flow = |from: Side| {
+            let flow = Flow {
+                time: Duration::from_secs(60),
+                ..Flow::to(from.other().host(Family::V4))
+            };
+            let running = flow.start(topology.host(from), topology.host(from.other()))?;
+            Ok((from, running))
+        };
+        [Side::A, Side::B]
+            .map(flow)
+            .into_iter()
+            .collect::<anyhow::Result<_>>()
+            .map(Self)
+    }
+
+    /// Ends them; every packet has arrived, once and whole.
+    ///
+    /// # Errors
+    ///
+    /// What was lost.
+    pub fn are_perfect(self) -> anyhow::Result<()> {
+        for (from, flow) in self.0 {
+            let report = flow.cut()?;
+            report
+                .is_perfect()
+                .with_context(|| format!("from site {from:?}"))?;
+        }
+        Ok(())
+    }
 }
 
 /// No ping between the hosts is answered, either way.

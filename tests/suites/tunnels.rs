@@ -7,8 +7,9 @@ use ipsec_ctl::api::model::State;
 use ipsec_tests::{
     capture::Capture,
     cases,
+    command::wait_for,
     gateway::{ChildSettings, Gateway, Tunnel},
-    pair::{PATIENCE, hosts_are_apart, hosts_talk, start, start_default},
+    pair::{Flows, PATIENCE, hosts_are_apart, hosts_talk, start, start_default},
     ping::Ping,
     suite::{self, Need::*},
     tcp,
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         [] partial_checksums_of_hosts_are_completed,
         [] a_packet_that_must_not_be_fragmented_is_answered_with_the_mtu,
         [] large_packets_arrive_in_fragments,
+        [] rekeying_by_either_side_or_both_at_once_loses_no_packet,
     ])
 }
 
@@ -397,4 +399,54 @@ fn large_packets_arrive_in_fragments() -> anyhow::Result<()> {
             .with_context(|| format!("{size} bytes"))?;
     }
     Ok(())
+}
+
+fn rekeying_by_either_side_or_both_at_once_loses_no_packet() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let suite = ("aes256gcm16-prfsha256-x25519", "aes256gcm16-x25519");
+    let (a, b) = start(
+        &topology,
+        a.suite(suite.0, suite.1),
+        b.suite(suite.0, suite.1),
+    )?;
+    let child = |gateway: &Gateway| -> anyhow::Result<(u32, u32)> {
+        let tunnel = gateway.tunnel("site")?;
+        let child = &tunnel.children[0];
+        let (inbound, outbound) = (child.inbound, child.outbound);
+        Ok((
+            inbound.context("no inbound SA")?.spi,
+            outbound.map_or(0, |direction| direction.spi),
+        ))
+    };
+    let ike = |gateway: &Gateway| -> anyhow::Result<String> {
+        let ike = gateway.tunnel("site")?.ike;
+        Ok(ike.context("no IKE SA")?.initiator_spi)
+    };
+    let flows = Flows::start(&topology)?;
+    for round in 0..8 {
+        let (child_before, ike_before) = (child(&a)?, ike(&a)?);
+        let rekeys_ike = round % 4 == 3;
+        match round % 4 {
+            0 => drop(a.rekey("site")?),
+            1 => drop(b.rekey("site")?),
+            2 => drop((a.rekey("site")?, b.rekey("site")?)),
+            _ => drop((a.rekey_ike("site")?, b.rekey_ike("site")?)),
+        }
+        wait_for("both sides to use what is new", PATIENCE, || {
+            let ((in_a, out_a), (in_b, out_b)) = (child(&a)?, child(&b)?);
+            let agreed = in_a == out_b && in_b == out_a && ike(&a)? == ike(&b)?;
+            let is_new = if rekeys_ike {
+                ike(&a)? != ike_before
+            } else {
+                in_a != child_before.0
+            };
+            Ok((agreed && is_new).then_some(()))
+        })
+        .with_context(|| format!("round {round}\n{}\n{}", a.log(30), b.log(30)))?;
+    }
+    flows.are_perfect()?;
+    ensure!(!a.has_logged("child down") && !b.has_logged("child down"));
+    capture.stop().is_clean()
 }
