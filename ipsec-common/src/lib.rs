@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 pub mod classify;
+pub mod generator;
 pub mod maps;
 pub mod reason;
 #[cfg(not(target_arch = "bpf"))]

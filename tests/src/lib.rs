@@ -5,6 +5,7 @@
 //! to (a namespace, a process, a capture) is a value whose drop removes it. The tests are in `suites/`.
 
 pub mod attack;
+pub mod bench;
 pub mod capture;
 pub mod command;
 mod decode;

@@ -1,4 +1,4 @@
-//! Builds and lints the XDP program, with the tools that `cargo xtask setup` put under `target/tools`.
+//! Builds and lints the XDP program and the benchmarks' load generator, with the tools that `cargo xtask setup` put under `target/tools`.
 
 use std::{fs, path::PathBuf, process::Command, time::SystemTime};
 
@@ -13,24 +13,30 @@ const TARGET: &str = "bpfel-unknown-none";
 /// Line numbers for the verifier's log, and types for tools that show maps.
 const FLAGS: [&str; 2] = ["-Cdebuginfo=2", "-Clink-arg=--btf"];
 
-/// Builds the object and leaves it where `ipsec-ctl/build.rs` finds it.
+/// Builds the objects and leaves them where `ipsec-ctl/build.rs` and the benchmarks find them.
 pub(crate) fn build() -> anyhow::Result<()> {
     run(&["build"], &[])?;
-    let folder = workspace().join("target/bpf");
-    let built = folder.join(TARGET).join("release/ipsec-ebpf");
-    let object = folder.join("ipsec-ebpf.o");
-    let new = fs::read(&built).with_context(|| built.display().to_string())?;
-    let is_first = !object.exists();
-    // Written only when it differs, or everything would be built again each time.
-    if fs::read(&object).ok().as_deref() != Some(&new) {
-        fs::write(&object, new).with_context(|| object.display().to_string())?;
-    }
+    let is_first = !workspace().join("target/bpf/ipsec-ebpf.o").exists();
+    copy("ipsec-ebpf")?;
+    copy("ipsec-generator")?;
     if is_first {
         // While there was no object, cargo was told to watch the build script alone.
         let script = workspace().join("ipsec-ctl/build.rs");
         fs::File::open(&script)
             .and_then(|file| file.set_modified(SystemTime::now()))
             .with_context(|| script.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn copy(name: &str) -> anyhow::Result<()> {
+    let folder = workspace().join("target/bpf");
+    let built = folder.join(TARGET).join("release").join(name);
+    let object = folder.join(format!("{name}.o"));
+    let new = fs::read(&built).with_context(|| built.display().to_string())?;
+    // Written only when it differs, or everything would be built again each time.
+    if fs::read(&object).ok().as_deref() != Some(&new) {
+        fs::write(&object, new).with_context(|| object.display().to_string())?;
     }
     Ok(())
 }

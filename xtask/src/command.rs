@@ -50,8 +50,28 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
 }
 
 /// Measures the data plane, with the XDP program in it.
-pub(crate) fn bench() -> anyhow::Result<()> {
-    build(&["bench", "--package", "ipsec-ctl", "--bench", "data_plane"])
+pub(crate) fn bench(quick: bool, parts: &[String]) -> anyhow::Result<()> {
+    build_release()?;
+    cargo(&[
+        "build",
+        "--release",
+        "--package",
+        "ipsec-tests",
+        "--bin",
+        "bench",
+    ])?;
+    let target = workspace().join("target");
+    let mut bench = Command::new(target.join("release/bench"));
+    bench.arg("--json").arg(target.join("bench.json"));
+    if quick {
+        bench.arg("--quick");
+    }
+    let status = bench
+        .args(parts)
+        .status()
+        .context("the benchmark cannot be started")?;
+    ensure!(status.success(), "the benchmark broke off");
+    Ok(())
 }
 
 /// Runs cargo.

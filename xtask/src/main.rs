@@ -72,8 +72,14 @@ enum Task {
     },
     /// Run a command in a guest whose kernel has ESP, as root and without KVM; this machine's files are there, read-only
     Vm(vm::Options),
-    /// Measure one worker beside the limits that it cannot pass
-    Bench,
+    /// Measure one worker beside the limits that it cannot pass, many SAs beside one, and added latency
+    Bench {
+        /// Fewer and shorter slices: a look in a minute or two
+        #[arg(long)]
+        quick: bool,
+        /// worker, many, latency; all of them if none is named
+        parts: Vec<String>,
+    },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers
     Tidy,
     /// Run what CI runs: formatting, tidy, lints, build, tests, demo
@@ -98,7 +104,7 @@ fn main() -> anyhow::Result<()> {
         Task::Demo { keep, scenario } => demo::run(keep, &scenario),
         Task::Interop { rows } => proof::interop(&rows),
         Task::Soak { minutes, seed } => proof::soak(minutes, seed),
-        Task::Bench => command::bench(),
+        Task::Bench { quick, parts } => command::bench(quick, &parts),
         Task::Tidy => tidy::run(),
         Task::Ci => ci::run(),
     }

@@ -1,8 +1,10 @@
 //! The packets of the benchmarks: inner ones, and inner ones sealed by the peer.
+//!
+//! Tunnels have numbers. The remote network of number `n` is 10.(2 + n / 256).(n % 256).0/24.
 
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use ipsec_common::{Spi, TrafficSelector};
 use ipsec_ctl::{
     dataplane::{
@@ -19,19 +21,76 @@ use ipsec_ctl::{
             words::WordsArray,
         },
     },
-    esp::{EspKeys, EspSuite, EspTransform},
+    esp::{EspKeys, EspSuite},
 };
 
-/// Bytes of the inner IP packets.
-pub(crate) const SIZES: [usize; 3] = [64, 590, 1400];
-/// Hosts behind the two gateways.
+/// Seven packets of 64 bytes to four of 590 and one of 1400: the usual mixture, scaled to what fits into a tunnel.
+const IMIX: [usize; 12] = [64, 590, 64, 64, 590, 64, 1400, 64, 590, 64, 590, 64];
+/// The host behind the measured gateway.
 const LOCAL_HOST: [u8; 4] = [10, 1, 0, 9];
-const REMOTE_HOST: [u8; 4] = [10, 2, 0, 9];
 /// Outer addresses of the measured gateway and of its peer.
-pub(crate) const LOCAL: [u8; 4] = [192, 0, 2, 1];
-pub(crate) const REMOTE: [u8; 4] = [192, 0, 2, 2];
+pub(super) const LOCAL: [u8; 4] = [192, 0, 2, 1];
+pub(super) const REMOTE: [u8; 4] = [192, 0, 2, 2];
+/// MTU of every tunnel.
+pub(super) const MTU: u16 = 1420;
 
-/// A UDP packet of `size` bytes from one host to the other.
+/// Bytes of inner IP packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Size {
+    /// All alike.
+    Fixed(usize),
+    /// [`IMIX`].
+    Mixed,
+}
+
+impl Size {
+    /// What is measured.
+    pub(super) const ALL: [Self; 4] = [
+        Self::Fixed(64),
+        Self::Fixed(590),
+        Self::Fixed(1400),
+        Self::Mixed,
+    ];
+
+    /// Sizes of packets in turn, over and over.
+    pub(super) fn pattern(&self) -> &[usize] {
+        match self {
+            Self::Fixed(size) => std::slice::from_ref(size),
+            Self::Mixed => &IMIX,
+        }
+    }
+
+    /// Name in the report.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Fixed(size) => format!("{size} B"),
+            Self::Mixed => "IMIX".to_owned(),
+        }
+    }
+}
+
+/// The host behind the peer of a tunnel.
+fn remote_host(number: u16) -> [u8; 4] {
+    let [high, low] = number.to_be_bytes();
+    [10, 2 + high, low, 9]
+}
+
+/// The prefix of the network behind the peer of a tunnel.
+pub(super) fn remote_network(number: u16) -> String {
+    let [a, b, c, _] = remote_host(number);
+    format!("{a}.{b}.{c}.0/24")
+}
+
+/// The inbound SPI of a tunnel.
+pub(super) fn spi(number: u16) -> Spi {
+    Spi(0x0102_0000 + u32::from(number))
+}
+
+/// A UDP packet over IPv4 of `size` bytes in all from one host to the other.
+///
+/// # Errors
+///
+/// The size is none that an IP packet can have.
 fn udp(source: [u8; 4], destination: [u8; 4], size: usize) -> anyhow::Result<Vec<u8>> {
     let total = u16::try_from(size)?;
     let length = total
@@ -57,9 +116,13 @@ fn udp(source: [u8; 4], destination: [u8; 4], size: usize) -> anyhow::Result<Vec
     Ok(packet)
 }
 
-/// An inner packet that is routed into the tunnel.
-pub(crate) fn outwards(size: usize) -> anyhow::Result<Vec<u8>> {
-    udp(LOCAL_HOST, REMOTE_HOST, size)
+/// An inner packet that is routed into a tunnel.
+///
+/// # Errors
+///
+/// The size is none that an IP packet can have.
+pub(super) fn outwards(number: u16, size: usize) -> anyhow::Result<Vec<u8>> {
+    udp(LOCAL_HOST, remote_host(number), size)
 }
 
 fn selectors(address: [u8; 4]) -> Vec<TrafficSelector> {
@@ -71,8 +134,8 @@ fn selectors(address: [u8; 4]) -> Vec<TrafficSelector> {
     }]
 }
 
-fn pair(swapped: bool) -> SelectorPair {
-    let (local, remote) = (selectors(LOCAL_HOST), selectors(REMOTE_HOST));
+fn pair(number: u16, swapped: bool) -> SelectorPair {
+    let (local, remote) = (selectors(LOCAL_HOST), selectors(remote_host(number)));
     if swapped {
         SelectorPair {
             local: remote,
@@ -83,12 +146,12 @@ fn pair(swapped: bool) -> SelectorPair {
     }
 }
 
-/// The tunnel, seen from the measured gateway or, `swapped`, from its peer.
-pub(crate) fn tunnel(swapped: bool) -> TunnelSpec {
+/// A tunnel, seen from the measured gateway or, `swapped`, from its peer.
+pub(super) fn tunnel(number: u16, swapped: bool) -> TunnelSpec {
     TunnelSpec {
-        id: TunnelId(1),
+        id: TunnelId(number.into()),
         name: "bench".into(),
-        device: "tun0".into(),
+        device: format!("tun{number}"),
         mtu: None,
         engine: EngineChoice::Xdp,
         fast_path: FastPath::On,
@@ -98,7 +161,7 @@ pub(crate) fn tunnel(swapped: bool) -> TunnelSpec {
         children: vec![ChildTrap {
             id: ChildId(0),
             name: "net".into(),
-            selectors: pair(swapped),
+            selectors: pair(number, swapped),
             on_demand: false,
         }],
         routing: RoutingSpec {
@@ -124,19 +187,24 @@ fn keys(suite: EspSuite) -> EspKeys {
     }
 }
 
-/// An SA of the tunnel, seen from the measured gateway or, `swapped`, from its peer.
-pub(crate) fn sa(suite: EspSuite, direction: Direction, swapped: bool) -> SaSpec {
+/// What the engine calls an SA.
+pub(super) fn sa_id(number: u16, direction: Direction) -> SaId {
+    SaId(2 * u64::from(number) + u64::from(direction == Direction::Inbound))
+}
+
+/// An SA of a tunnel, seen from the measured gateway or, `swapped`, from its peer.
+pub(super) fn sa(number: u16, suite: EspSuite, direction: Direction, swapped: bool) -> SaSpec {
     let (local, remote) = if swapped {
         (REMOTE, LOCAL)
     } else {
         (LOCAL, REMOTE)
     };
     SaSpec {
-        id: SaId(1),
-        tunnel: TunnelId(1),
+        id: sa_id(number, direction),
+        tunnel: TunnelId(number.into()),
         child: ChildId(0),
         direction,
-        spi: Spi(0x0102_0304),
+        spi: spi(number),
         suite,
         keys: keys(suite),
         esn: true,
@@ -146,7 +214,7 @@ pub(crate) fn sa(suite: EspSuite, direction: Direction, swapped: bool) -> SaSpec
             remote: remote.into(),
             encap: None,
         },
-        selectors: pair(swapped),
+        selectors: pair(number, swapped),
         lifetime: Lifetime {
             soft_packets: u64::MAX,
             hard_packets: u64::MAX,
@@ -157,54 +225,50 @@ pub(crate) fn sa(suite: EspSuite, direction: Direction, swapped: bool) -> SaSpec
     }
 }
 
-/// The peer: seals what is to be opened.
-pub(crate) struct Sealer {
-    tables: Tables,
+/// The peer of a tunnel: seals what is to be opened.
+pub(super) struct Sealer {
     pipeline: OutboundPipeline,
     tunnel: Arc<Tunnel>,
-    transform: EspTransform,
-    sequence: u64,
+    _tables: Tables,
     frame: Vec<u8>,
+    number: u16,
 }
 
 impl Sealer {
-    pub(crate) fn new(suite: EspSuite) -> anyhow::Result<Self> {
+    /// With the keys of that tunnel's inbound SA, and its sequence numbers from 1 on.
+    ///
+    /// # Errors
+    ///
+    /// The SA is refused.
+    pub(super) fn new(number: u16, suite: EspSuite) -> anyhow::Result<Self> {
         let (events, _) = Events::channel(1);
         let tables = Tables::new(WordsArray::anonymous(2)?);
-        let tunnel = tables.set_tunnel(&tunnel(true), 1, 1420);
-        tables.install(&sa(suite, Direction::Outbound, true))?;
+        let tunnel = tables.set_tunnel(&tunnel(number, true), 1, MTU);
+        tables.install(&sa(number, suite, Direction::Outbound, true))?;
         Ok(Self {
-            tables,
             pipeline: OutboundPipeline::new(events),
             tunnel,
-            transform: EspTransform::new(suite, &keys(suite), true)?,
-            sequence: 0,
+            _tables: tables,
             frame: vec![0; HEADROOM + 1500 + TAILROOM],
+            number,
         })
     }
 
     /// The next outer packet of the peer, with an inner one of `size` bytes.
-    pub(crate) fn next(&mut self, size: usize) -> anyhow::Result<Vec<u8>> {
-        let inner = udp(REMOTE_HOST, LOCAL_HOST, size)?;
+    ///
+    /// # Errors
+    ///
+    /// The pipeline does not send it.
+    pub(super) fn next(&mut self, size: usize) -> anyhow::Result<Vec<u8>> {
+        let inner = udp(remote_host(self.number), LOCAL_HOST, size)?;
         let range = HEADROOM..HEADROOM + size;
         self.frame[range.clone()].copy_from_slice(&inner);
-        match self
+        let sent = self
             .pipeline
-            .process(&self.tunnel, &mut self.frame, range, Origin::Slow, 1)
-        {
+            .process(&self.tunnel, &mut self.frame, range, Origin::Slow, 1);
+        match sent {
             Outbound::Send(sealed) => Ok(self.frame[sealed.packet].to_vec()),
             other => anyhow::bail!("the peer does not send: {other:?}"),
         }
-    }
-
-    /// Seals once with nothing around it.
-    pub(crate) fn transform_alone(&mut self, size: usize) -> anyhow::Result<()> {
-        self.sequence += 1;
-        let payload = HEADROOM..HEADROOM + size;
-        let sealed =
-            self.transform
-                .seal(Spi(0x0102_0304), self.sequence, 4, &mut self.frame, payload)?;
-        ensure!(!sealed.is_empty() && !self.tables.stats().is_empty());
-        Ok(())
     }
 }

@@ -1,0 +1,160 @@
+//! `cargo xtask bench`: how fast it is, beside the limits that it cannot pass.
+//!
+//! Everything is measured in one run on one machine. What is compared is measured in turn, in slices far shorter than a
+//! second, and a figure is the median over the slices: so other programs disturb all sides alike. Rates are packets
+//! for each second that the worker has a processor; what the clock on the wall says stands beside them.
+
+mod bed;
+mod cores;
+mod generator;
+mod latency;
+mod packets;
+mod peer;
+mod report;
+mod ring_alone;
+mod slice;
+mod worker;
+
+use std::{thread, time::Duration};
+
+use anyhow::{Context, anyhow};
+use nix::sched::{CloneFlags, unshare};
+
+pub use report::Report;
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Packets of a slice.
+    pub packets: u64,
+    /// Slices of each kind.
+    pub rounds: usize,
+    /// How long a slice of ring alone takes.
+    pub ring: Duration,
+    /// Round trips of a slice.
+    pub pings: usize,
+}
+
+impl Effort {
+    /// For figures to be relied on.
+    pub fn full() -> Self {
+        Self {
+            packets: 32_768,
+            rounds: 21,
+            ring: Duration::from_millis(10),
+            pings: 500,
+        }
+    }
+
+    /// For a look, in a minute.
+    pub fn quick() -> Self {
+        Self {
+            packets: 16_384,
+            rounds: 5,
+            ring: Duration::from_millis(4),
+            pings: 200,
+        }
+    }
+
+    /// To see that it works.
+    fn smoke() -> Self {
+        Self {
+            packets: 512,
+            rounds: 1,
+            ring: Duration::from_millis(1),
+            pings: 20,
+        }
+    }
+}
+
+/// A part of the benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// One worker against its limits.
+    Worker,
+    /// One SA against many.
+    Many,
+    /// Round trips.
+    Latency,
+}
+
+impl Part {
+    /// All of them, by name.
+    pub const ALL: [(&str, Self); 3] = [
+        ("worker", Self::Worker),
+        ("many", Self::Many),
+        ("latency", Self::Latency),
+    ];
+}
+
+/// Measures the data plane.
+///
+/// # Errors
+///
+/// A bed cannot be built, or packets are lost in it.
+pub fn data_plane(effort: &Effort, parts: &[Part]) -> anyhow::Result<Report> {
+    let effort = *effort;
+    let mut report = Report::here()?;
+    for part in parts {
+        match part {
+            Part::Worker => {
+                tell("one worker against its limits");
+                (report.machine.mode, report.workers) = apart(move || worker::measure(&effort))?;
+            }
+            Part::Many => {
+                tell("one SA against many");
+                report.many = apart(move || worker::measure_many(&effort))?;
+            }
+            Part::Latency => {
+                tell("round trips");
+                report.latency = Some(beside(move || peer::measure_latency(&effort))?);
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// A proof in seconds that the beds of the benchmarks work.
+///
+/// # Errors
+///
+/// They do not.
+pub fn smoke() -> anyhow::Result<()> {
+    apart(worker::smoke).context("one worker")?;
+    beside(peer::smoke).context("two sites")
+}
+
+#[expect(clippy::print_stderr, reason = "progress, beside the report")]
+fn tell(what: &str) {
+    eprintln!("measuring {what}");
+}
+
+/// Runs in a thread with a network namespace of its own, and in a runtime all of whose threads are in it.
+fn apart<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    let thread = thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).context("a network namespace")?;
+        cores::stay_on(cores::LOAD)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let _inside = runtime.enter();
+        work()
+    });
+    joined(thread)
+}
+
+/// Runs in a thread, so that what becomes of its affinity stays there.
+fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    joined(thread::spawn(work))
+}
+
+fn joined<T>(thread: thread::JoinHandle<anyhow::Result<T>>) -> anyhow::Result<T> {
+    thread
+        .join()
+        .map_err(|_| anyhow!("a thread of the benchmark panicked"))?
+}

@@ -1,0 +1,50 @@
+//! `cargo xtask bench`: measures, and leaves the report in the terminal and as JSON.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use ipsec_tests::bench::{Effort, Part, data_plane};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the benchmark broke off: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the report is what this is for")]
+fn run() -> anyhow::Result<()> {
+    let mut effort = Effort::full();
+    let mut json = PathBuf::from("bench.json");
+    let mut parts = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--quick" => effort = Effort::quick(),
+            "--json" => json = arguments.next().context("--json FILE")?.into(),
+            other => {
+                let part = Part::ALL.iter().find(|(name, _)| *name == other);
+                parts.push(
+                    part.with_context(|| format!("unknown argument `{other}`"))?
+                        .1,
+                );
+            }
+        }
+    }
+    if parts.is_empty() {
+        parts = Part::ALL.map(|(_, part)| part).to_vec();
+    }
+    anyhow::ensure!(
+        nix::unistd::geteuid().is_root(),
+        "benchmarks need root for network namespaces and XDP"
+    );
+    let report = data_plane(&effort, &parts)?;
+    println!("{report}");
+    std::fs::write(&json, format!("{:#}\n", report.json()))
+        .with_context(|| json.display().to_string())?;
+    println!("as JSON: {}", json.display());
+    Ok(())
+}
