@@ -3,6 +3,7 @@
 use super::{Cell, Column, talk, topology};
 use crate::{
     gateway::ChildSettings,
+    pair::PATIENCE,
     strongswan::{ChildConnection, StrongSwan},
     topology::{Family, Side, Topology},
 };
@@ -97,6 +98,8 @@ fn one(
             .all_answered()
     });
     gateway.down("site")?;
+    // The next suite must not meet the IKE SA of this one.
+    swan.wait_sas("our delete", PATIENCE, |sas| !sas.contains("ESTABLISHED"))?;
     result
 }
 
