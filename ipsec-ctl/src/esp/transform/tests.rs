@@ -234,13 +234,16 @@ fn aes_gcm_gives_the_packets_of_the_test_draft() {
     assert_eq!(seen, [4, 9]);
 }
 
-// RFC 3602 section 4: cases 5 and 6, transport mode. They have no integrity protection, without which we open nothing: here
+// RFC 3602 section 4: cases 5 and 6 in transport mode, 7 and 8 in tunnel mode. They have no integrity protection, without which we open nothing: here
 // each gets an ICV of RFC 4868.
 #[test]
 fn aes_cbc_gives_the_packets_of_rfc_3602() {
+    const TRANSPORT: (&str, u8) = ("90d382b410eeba7ad938c46cec1a82bf", 1);
+    const TUNNEL: (&str, u8) = ("0123456789abcdef0123456789abcdef", 4);
     let echo: Vec<u8> = (8..=0x37).collect();
     let cases = [
         (
+            TRANSPORT,
             1,
             "0000432100000001e96e8c08ab465763fd098d45dd3ff893f663c25d325c18c6a9453e194e120849a4870b66cc6b9965
              330013b4898dc856a4699e523a55db080b59ec3a8e4b7e52775b07d1db34ed9c538ab50c551b874aa269add047ad2d59
@@ -248,28 +251,52 @@ fn aes_cbc_gives_the_packets_of_rfc_3602() {
             [bytes("08000ebda70a00008e9c083db95b0700"), echo].concat(),
         ),
         (
+            TRANSPORT,
             8,
             "000043210000000869d08df7d203329db093fc4924e5bd80f51995881ec4e0c4488987ce742e8109689bb379d2d750c0
              d915dca346a89f75",
             bytes("0800b5e8a80a0500a69c083d0b660e00777777777777777777777777"),
         ),
+        (
+            TUNNEL,
+            2,
+            "0000876500000002f4e765244f6407adf13dc1380f673f37773b5241a4c449225e4f3ce5ed611b0c237ca96cf74a9301
+             3c1b0ea1a0cf70f8e4ecaec78ac53aad7a0f022b859243c647752e94a859352b8a4d4d2decd136e5c177f132ad3fbfb2
+             201ac9904c74ee0a109e0ca1e4dfe9d5a100b842f1c22f0d",
+            bytes(
+                "45000054090400004001f988c0a87b03c0a87bc808009f76a90a0100b49c083d02a2040008090a0b0c0d0e0f10111213
+                 1415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2f3031323334353637",
+            ),
+        ),
+        (
+            TUNNEL,
+            5,
+            "000087650000000585d47224b5f3dd5d2101d4ea8dffab2215b92683819596a8047232cc00f7048fe45318e11f8a0f62
+             ede3c3fc61203bb50f980a08c9843fd3a1b06d5c07ff9639b7eb7dfb3512e5de435e7207ed971ef3d2726d9b5ef6affc
+             6d17a0decbb13892",
+            [
+                bytes("45000044090c00004001f990c0a87b03c0a87bc80800d63caa0a0200c69c083da3de0300"),
+                vec![0xff; 32],
+            ]
+            .concat(),
+        ),
     ];
-    let keys = EspKeys {
-        cipher: Zeroizing::new(bytes("90d382b410eeba7ad938c46cec1a82bf")),
-        integrity: Zeroizing::new(vec![7; 32]),
-    };
     let suite = EspSuite::AesCbc {
         key_bytes: 16,
         integrity: Integrity::HmacSha256,
     };
-    let transform = EspTransform::new(suite, &keys, false).unwrap();
-    for (sequence, packet, payload) in cases {
+    for ((cipher, next_header), sequence, packet, payload) in cases {
+        let keys = EspKeys {
+            cipher: Zeroizing::new(bytes(cipher)),
+            integrity: Zeroizing::new(vec![7; 32]),
+        };
+        let transform = EspTransform::new(suite, &keys, false).unwrap();
         let mut frame = bytes(packet);
         let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &[7; 32]), &frame);
         frame.extend(&tag.as_ref()[..16]);
         let end = frame.len();
         let opened = transform.open(sequence, &mut frame, 0..end).unwrap();
-        assert_eq!(opened.next_header, 1);
+        assert_eq!(opened.next_header, next_header);
         assert_eq!(frame[opened.payload], payload);
     }
 }

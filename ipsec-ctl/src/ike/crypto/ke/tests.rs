@@ -129,6 +129,22 @@ fn curve25519_gives_the_known_answer() {
     gives(Group::Curve25519, b, gb, ga, secret);
 }
 
+// RFC 8031 appendix A.
+#[test]
+fn curve25519_gives_the_known_answer_of_ike() {
+    let (a, ga) = (
+        "751fb4308655b476b6789b7325f9ea8cddd16a58533ff6d9e60009464a5f9d94",
+        "48d5ddd4061257ba166fa3f9bbdb74f1a4e81c089384fa77f790709f0dfbc766",
+    );
+    let (b, gb) = (
+        "0a54645253290d60ddadd0e030bacd9e5501efdc220755a1e978f1b839a05688",
+        "0be7c1f5aad87d7e448662673298a443478b859745179eaf564c79c0ef6eee25",
+    );
+    let secret = "c74950607a12327f3204d94b6825bfb068b7f8319a9e3708ed3d43ce8130c950";
+    gives(Group::Curve25519, a, ga, gb, secret);
+    gives(Group::Curve25519, b, gb, ga, secret);
+}
+
 #[test]
 fn values_that_no_honest_peer_sends_are_refused() {
     for group in GROUPS {
