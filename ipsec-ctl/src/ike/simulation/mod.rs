@@ -11,4 +11,5 @@ mod many;
 mod network;
 mod pair;
 mod rekey;
+mod search;
 mod upkeep;

@@ -232,6 +232,18 @@ impl Side {
         self.drain(now, network);
     }
 
+    /// Whether a key exchange is under way.
+    pub(super) fn has_job(&self) -> bool {
+        !self.jobs.is_empty()
+    }
+
+    /// The first key exchange that is under way is done.
+    pub(super) fn finish_job(&mut self, now: Time, network: &mut Network) {
+        let (_, result) = self.jobs.remove(0);
+        self.endpoint.handle_job(now, result);
+        self.drain(now, network);
+    }
+
     fn due_job(&mut self, now: Time) -> Option<JobResult> {
         let index = self.jobs.iter().position(|(at, _)| *at <= now)?;
         Some(self.jobs.swap_remove(index).1)
@@ -250,6 +262,10 @@ impl Side {
             self.endpoint.handle_job(now, result);
             self.drain(now, network);
         }
+        self.fire(now, network);
+    }
+
+    fn fire(&mut self, now: Time, network: &mut Network) {
         if self.endpoint.poll_timeout().is_some_and(|at| at <= now) {
             self.endpoint.handle_timeout(now);
             self.drain(now, network);
@@ -335,6 +351,25 @@ impl Pair {
             self.b.work(self.now, &mut self.network);
         }
         panic!("the endpoints never come to rest");
+    }
+
+    fn next_timer(&self) -> Option<Time> {
+        let due = |side: &Side| side.endpoint.poll_timeout();
+        due(&self.a).into_iter().chain(due(&self.b)).min()
+    }
+
+    /// Whether a timer fires soon.
+    pub(super) fn has_timer_within(&self, time: Duration) -> bool {
+        self.next_timer().is_some_and(|at| at <= self.now + time)
+    }
+
+    /// Time passes until a timer fires, with nothing else having happened.
+    pub(super) fn fire_timer(&mut self) {
+        if let Some(at) = self.next_timer() {
+            self.now = self.now.max(at);
+            self.a.fire(self.now, &mut self.network);
+            self.b.fire(self.now, &mut self.network);
+        }
     }
 
     pub(super) fn deliver(&mut self, flight: &super::network::Flight) {
