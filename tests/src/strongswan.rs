@@ -28,6 +28,8 @@ use crate::{
 /// Plugins by need; the userspace ESP must come before the kernel's interface.
 const PLUGINS: &str = "random nonce openssl aes sha1 sha2 hmac kdf gcm ccm ctr cmac chapoly gmp curve25519 drbg x509 \
     constraints pubkey pem pkcs1 pkcs8 kernel-libipsec kernel-netlink socket-default vici updown counters";
+/// The plugin with the userspace ESP; without it the kernel's is used.
+const USERSPACE_ESP: &str = "kernel-libipsec ";
 /// Mark of charon's own packets, which keeps them out of its tunnel routes.
 const MARK: &str = "0x42";
 
@@ -171,6 +173,19 @@ impl StrongSwan {
             settings(&seen, lines),
         )?;
         Self::start_in(release.clone(), netns, folder)
+    }
+
+    /// As [`Self::start`], with the ESP of the kernel.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::start`].
+    pub fn start_with_kernel_esp(netns: &Netns) -> anyhow::Result<Self> {
+        let release = Release::installed();
+        let folder = release.folder("ipx-swan-")?;
+        let settings = settings(&release.seen(folder.path()), &[]).replace(USERSPACE_ESP, "");
+        fs::write(folder.path().join("strongswan.conf"), settings)?;
+        Self::start_in(release, netns, folder)
     }
 
     fn start_in(release: Release, netns: &Netns, folder: TempDir) -> anyhow::Result<Self> {

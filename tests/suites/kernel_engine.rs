@@ -14,6 +14,7 @@ use ipsec_tests::{
     gateway::{Gateway, Tunnel},
     pair::{PATIENCE, hosts_are_apart, hosts_talk, start},
     ping::Ping,
+    strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     tcp,
     topology::{Family, Options, Side, Topology},
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         [XfrmInterfaces] long everything_goes_into_a_tunnel_beside_a_default_route,
         [XfrmInterfaces] esp_in_udp_reaches_the_kernel_and_ike_beside_it_the_daemon,
         [XfrmInterfaces, Nftables] long a_nat_in_between_is_crossed,
+        [XfrmInterfaces, StrongSwan] strongswan_on_the_kernels_esp_is_understood_without_udp_and_with_esn,
         [XfrmInterfaces] the_first_packet_brings_up_a_tunnel_on_demand,
         [XfrmInterfaces] nothing_is_lost_while_sas_are_replaced_by_volume,
         [XfrmInterfaces] what_others_flush_is_put_back_and_nothing_is_in_the_clear,
@@ -215,6 +217,35 @@ fn a_nat_in_between_is_crossed() -> anyhow::Result<()> {
     capture.stop().is_clean()
 }
 
+fn strongswan_on_the_kernels_esp_is_understood_without_udp_and_with_esn() -> anyhow::Result<()> {
+    let (ike, esp) = ("aes256gcm16-prfsha384-x25519", "aes256gcm16-esn");
+    for engine in [KERNEL, XDP] {
+        let topology = Topology::build(Options::default())?;
+        let capture = Capture::start(&topology.router)?;
+        let swan = StrongSwan::start_with_kernel_esp(&topology.gateway_b)?;
+        swan.load(&Connection {
+            lines: vec!["encap = no".to_owned()],
+            ..Connection::between_sites(Side::B, ike, esp)
+        })?;
+        let tunnel = Tunnel::between_sites(Side::A, V4)
+            .suite(ike, esp)
+            .with(engine);
+        let gateway = Gateway::start(&topology.gateway_a, &[tunnel])?;
+        gateway
+            .wait_up("site", PATIENCE)
+            .with_context(|| swan.log(40))?;
+        hosts_talk(&topology, V4).with_context(|| engine.to_owned())?;
+        let report = capture.stop();
+        report.is_clean()?;
+        ensure!(
+            report.esp > 1000 && report.esp_in_udp == 0,
+            "{}",
+            report.summary()
+        );
+    }
+    Ok(())
+}
+
 fn the_first_packet_brings_up_a_tunnel_on_demand() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, b) = ends(V4);
@@ -314,13 +345,17 @@ fn nothing_is_in_the_clear_through_kill_and_restart() -> anyhow::Result<()> {
     }
     b.run()?;
     a.run()?;
-    a.wait_up("site", PATIENCE)?;
+    for gateway in [&a, &b] {
+        gateway.wait_up("site", PATIENCE)?;
+    }
     hosts_talk(&topology, V4)?;
     // What the dead ones left is gone.
     wait_for("leftovers to go", PATIENCE, || {
         let states = topology.gateway_a.ip("xfrm state count")?;
         Ok(states.contains("SAD count 2").then_some(()))
-    })?;
+    })
+    .with_context(|| topology.gateway_a.ip("xfrm state").unwrap_or_default())
+    .with_context(|| a.log(30))?;
     for flow in flows {
         flow.cut()?;
     }

@@ -4,6 +4,7 @@
 mod check;
 mod counters;
 mod data_plane;
+mod probe;
 mod remote;
 mod run;
 mod status;
@@ -36,6 +37,8 @@ enum Command {
     Release(run::GuardOptions),
     /// Validate a configuration file and the key files it names; nothing is changed.
     Check(check::Options),
+    /// Find out what this machine has for carrying tunnels fast, and what each missing thing costs; nothing is changed.
+    Probe(probe::Options),
     /// Show tunnels, their traffic, and what carries it.
     Status(status::Options),
     /// Show how many packets were dropped or slowed, by reason.
@@ -62,6 +65,7 @@ pub fn run(cli: Cli) -> miette::Result<()> {
         Command::Guard(options) => run::guard(&options),
         Command::Release(options) => run::release(&options),
         Command::Check(options) => check::run(&options),
+        Command::Probe(options) => probe::run(&options),
         Command::Status(options) => status::run(&options),
         Command::Counters(options) => counters::run(&options),
         Command::Up(options) => tunnel::up(&options),

@@ -9,6 +9,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use ipsec_common::Reason;
 use tokio::sync::{OnceCell, mpsc};
 
 use super::{
@@ -56,7 +57,7 @@ impl Engines {
         match request {
             Request::Command(command) => Reply::Done(self.command(command).await),
             Request::SaStats => Reply::SaStats(self.sa_stats().await),
-            Request::Counters => Reply::Counters(self.xdp.counters()),
+            Request::Counters => Reply::Counters(self.counters()),
             Request::Interfaces => Reply::Interfaces(self.xdp.interfaces()),
             Request::Survey => Reply::Survey(self.survey().await),
         }
@@ -208,6 +209,18 @@ impl Engines {
             stats.sort_by_key(|stats| stats.sa);
         }
         stats
+    }
+
+    /// Packets by reason. What the kernel has dropped is counted while it carries tunnels.
+    fn counters(&self) -> Vec<(Reason, u64)> {
+        let mut counters = self.xdp.counters();
+        if self.kernel.initialized() {
+            let kernel = kernel::counters::dropped();
+            for (reason, count) in &mut counters {
+                *count += kernel.get(reason).copied().unwrap_or_default();
+            }
+        }
+        counters
     }
 
     async fn survey(&self) -> Survey {

@@ -4,6 +4,7 @@ pub mod engines;
 pub mod kernel;
 pub mod link;
 pub mod plane;
+pub mod probe;
 pub mod routing;
 pub mod seam;
 pub mod xdp;

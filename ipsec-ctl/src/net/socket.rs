@@ -231,6 +231,15 @@ impl Listener {
     }
 }
 
+/// Whether the kernel has AF_XDP: a socket is opened and closed again.
+///
+/// # Errors
+///
+/// `EAFNOSUPPORT` where it has none, `EPERM` without CAP_NET_RAW.
+pub fn has_af_xdp() -> io::Result<()> {
+    Socket::new(Domain::from(libc::AF_XDP), Type::RAW, None).map(drop)
+}
+
 /// Opens a socket through which the kernel opens the encapsulated ESP of one peer (RFC 3948). What is no ESP comes out of
 /// it. On a socket for all peers the kernel would take the ESP of all, also of those whose SAs it does not have.
 ///

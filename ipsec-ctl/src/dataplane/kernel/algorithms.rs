@@ -40,6 +40,27 @@ pub fn key_lengths(suite: EspSuite) -> (usize, usize) {
     }
 }
 
+/// A suite as users write it.
+pub fn name(suite: EspSuite) -> String {
+    match suite {
+        EspSuite::Aes128Gcm16 => "aes128gcm16".to_owned(),
+        EspSuite::Aes256Gcm16 => "aes256gcm16".to_owned(),
+        EspSuite::ChaCha20Poly1305 => "chacha20poly1305".to_owned(),
+        EspSuite::AesCbc {
+            key_bytes,
+            integrity,
+        } => format!(
+            "aes{}-{}",
+            u16::from(key_bytes) * 8,
+            match integrity {
+                Integrity::HmacSha256 => "sha256",
+                Integrity::HmacSha384 => "sha384",
+                Integrity::HmacSha512 => "sha512",
+            }
+        ),
+    }
+}
+
 fn hash_bytes(integrity: Integrity) -> usize {
     match integrity {
         Integrity::HmacSha256 => 32,

@@ -483,6 +483,14 @@ impl Inner {
                     Some((*id, child))
                 });
                 let Some((tunnel, child)) = child else { return };
+                // Others have removed the state of an SA, which is seen to elsewhere.
+                if !all
+                    .tunnels
+                    .get(&tunnel)
+                    .is_some_and(|tunnel| tunnel.waits_for_packets(child))
+                {
+                    return;
+                }
                 let port = |port: PortMask| if port.mask == 0 { 0 } else { port.port };
                 self.lodge.send(Event::Acquire {
                     tunnel,

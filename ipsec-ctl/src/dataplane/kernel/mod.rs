@@ -6,6 +6,7 @@
 
 pub mod algorithms;
 pub mod capabilities;
+pub mod counters;
 mod encap;
 pub mod engine;
 pub mod policies;

@@ -43,6 +43,12 @@ impl Tunnel {
         found.map(|(child, _)| *child)
     }
 
+    /// Whether a packet of a child is to ask for an SA.
+    pub(super) fn waits_for_packets(&self, child: ChildId) -> bool {
+        let mut children = self.spec.children.iter();
+        children.any(|one| one.id == child && one.on_demand) && !self.outbound.contains_key(&child)
+    }
+
     pub(super) fn clears_df(&self) -> bool {
         self.spec.df == Df::Clear
     }
@@ -75,6 +81,7 @@ impl Inner {
             Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
             Some(_) | None => self.create(all, &spec.device).await?,
         };
+        let is_new = old.as_ref().is_none_or(|old| old.if_id != if_id);
         let link = self.netlink.link(&spec.device).await.map_err(refused)?;
         let ifindex = link
             .ok_or_else(|| rejected("look the xfrm interface up", &"it is gone"))?
@@ -102,6 +109,11 @@ impl Inner {
         };
         all.tunnels.insert(id, tunnel);
         self.apply(all, id)?;
+        if is_new {
+            // Those of a former life: nobody knows any more which SAs they were. After the policies that named them, for a
+            // packet that meets a policy without its state makes the kernel ask for one.
+            self.remove_strange_states(all, if_id);
+        }
         self.bring_up(all, id).await?;
         self.fit_mtu(all, id).await;
         Ok(())
@@ -121,8 +133,6 @@ impl Inner {
                 let left = interfaces.iter().find(|one| one.name == device);
                 if let Some(left) = left {
                     if is_ours(left.if_id) && !used.contains(&left.if_id) {
-                        // Nobody has the keys of its states any more, and so cannot say where their numbers stand.
-                        self.remove_strange_states(all, left.if_id);
                         return Ok((left.if_id, self.policies_of(left.if_id)?));
                     }
                     self.netlink
