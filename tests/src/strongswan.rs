@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -19,7 +19,7 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
-    command::{checked, tail, wait_for},
+    command::{output, tail, wait_for},
     netns::Netns,
     release::Release,
     topology::{Family, Side},
@@ -383,7 +383,7 @@ impl StrongSwan {
 
     fn swanctl(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let folder = self.release.seen(self.folder.path());
-        checked(
+        let output = output(
             self.release
                 .command("swanctl")?
                 .args(arguments)
@@ -391,7 +391,14 @@ impl StrongSwan {
                 .arg(format!("unix://{}", folder.join("vici.sock").display()))
                 .env("STRONGSWAN_CONF", folder.join("strongswan.conf"))
                 .env("SWANCTL_DIR", folder.join("swanctl")),
-        )
+        )?;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        // What went wrong is its last line; its paths are of no interest.
+        let last = said.lines().last().unwrap_or_default();
+        let asked = arguments.join(" ");
+        ensure!(output.status.success(), "swanctl {asked}: {last}\n{said}");
+        Ok(said)
     }
 }
 
