@@ -1,6 +1,6 @@
 //! What goes over the control socket, and what `--json` prints. Times are in seconds, sizes in bytes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +59,8 @@ pub struct Tunnel {
     pub mtu: Option<u16>,
     /// The peer as configured.
     pub peer: String,
+    /// Its addresses as far as they are known, in the order in which they are tried.
+    pub addresses: Vec<PeerAddress>,
     /// `initiate`, `on-demand` or `respond`.
     pub role: String,
     /// The last failure and its reason, until the tunnel is up.
@@ -69,6 +71,19 @@ pub struct Tunnel {
     pub ike: Option<IkeSa>,
     /// Its children in the order of the configuration.
     pub children: Vec<Child>,
+}
+
+/// One address of a peer, or a name that is not resolved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerAddress {
+    /// As configured.
+    pub host: String,
+    /// The address, if it is known.
+    pub address: Option<IpAddr>,
+    /// The tunnel's IKE SA is with this one.
+    pub in_use: bool,
+    /// Why the last attempt with it failed, if it did.
+    pub failure: Option<String>,
 }
 
 /// The IKE SA of a tunnel.

@@ -60,8 +60,8 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
             .as_ref()
             .map_or_else(|| otherwise.to_owned(), ToString::to_string)
     };
-    let (peer, any_id) = match tunnel.peer {
-        Peer::Address(address) => (address.to_string(), "its address"),
+    let (peer, any_id) = match &tunnel.peer {
+        Peer::At(_) => (tunnel.peer.to_string(), "its address"),
         Peer::Any => ("any address".to_owned(), "any identity"),
     };
     let mut text = format!(

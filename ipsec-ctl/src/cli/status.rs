@@ -10,7 +10,7 @@ use super::{
     table::{age, bytes, columns},
 };
 use crate::{
-    api::model::{Child, Direction, IkeSa, State, Status, Tunnel},
+    api::model::{Child, Direction, IkeSa, PeerAddress, State, Status, Tunnel},
     dataplane::seam::{FastPath, Offload},
 };
 
@@ -104,6 +104,11 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
     if let Some(failure) = &tunnel.last_failure {
         row("failed", failure.clone());
     }
+    if tunnel.addresses.len() > 1 || tunnel.addresses.iter().any(|place| place.address.is_none()) {
+        for place in &tunnel.addresses {
+            row("address", peer_address(place));
+        }
+    }
     if let Some(ike) = &tunnel.ike {
         row("IKE SA", ike_sa(ike));
         row(
@@ -134,6 +139,20 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
         child_rows(child, &mut row);
     }
     columns(&rows)
+}
+
+fn peer_address(place: &PeerAddress) -> String {
+    let mut line = match place.address {
+        Some(address) if address.to_string() != place.host => format!("{address} ({})", place.host),
+        _ => place.host.clone(),
+    };
+    if place.in_use {
+        line.push_str(", in use");
+    }
+    if let Some(failure) = &place.failure {
+        let _ = write!(line, ", failed: {failure}");
+    }
+    line
 }
 
 fn child_rows(child: &Child, row: &mut impl FnMut(&str, String)) {
@@ -250,6 +269,7 @@ mod tests {
             device: "ipx0".to_owned(),
             mtu: Some(1422),
             peer: "203.0.113.9".to_owned(),
+            addresses: Vec::new(),
             role: "initiate".to_owned(),
             last_failure: None,
             fast_path: FastPath::Auto,

@@ -16,9 +16,9 @@ use std::{fs, path::Path};
 
 pub use self::{
     diagnostic::{ConfigErrors, Problem},
-    model::{Child, Config, Dpd, Limits, Peer, Ports, Role, Tunnel},
+    model::{Child, Config, Dpd, Host, Limits, Peer, Ports, Role, Tunnel},
     reference::markdown as reference_markdown,
-    schema::{Nat, SysctlSetting},
+    schema::{DpdMode, Nat, OnDead, SysctlSetting, Unique},
     secret::{KeyFileError, Secret},
 };
 

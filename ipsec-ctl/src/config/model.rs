@@ -2,13 +2,13 @@
 //!
 //! Two tunnels compare equal exactly if a reload has nothing to do for them.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use ipsec_common::TrafficSelector;
 
 use super::{
-    schema::{Nat, SysctlSetting},
+    schema::{DpdMode, Nat, OnDead, SysctlSetting, Unique},
     secret::Secret,
 };
 use crate::{
@@ -72,7 +72,7 @@ pub struct Limits {
 pub struct Tunnel {
     /// Its name.
     pub name: String,
-    /// The peer's address.
+    /// Where the peer is.
     pub peer: Peer,
     /// Our outer address; the kernel's choice for the peer if not given.
     pub local: Option<IpAddr>,
@@ -96,6 +96,8 @@ pub struct Tunnel {
     pub childless: bool,
     /// Liveness checks.
     pub dpd: Dpd,
+    /// Which of several IKE SAs with one identity stay.
+    pub unique: Unique,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
     /// It is replaced by a fresh one, with a new proof of identity, instead of being rekeyed.
@@ -135,6 +137,8 @@ pub struct Child {
     pub remote: Vec<TrafficSelector>,
     /// ESP proposals in order of preference.
     pub esp: Vec<EspProposal>,
+    /// What becomes of it when the peer is dead.
+    pub on_dead: OnDead,
     /// Lifetime of its SAs.
     pub lifetime: Duration,
     /// Bytes of inner packets an SA may carry.
@@ -146,12 +150,68 @@ pub struct Child {
 }
 
 /// Where the peer is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// At one address.
-    Address(IpAddr),
+    /// At one of these, the primary first; at least one.
+    At(Vec<Host>),
     /// Anywhere: it starts, and is known by its identity.
     Any,
+}
+
+/// One place where a peer may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Host {
+    /// At this address.
+    Address(IpAddr),
+    /// At whatever the DNS says of this name.
+    Name(String),
+}
+
+impl Peer {
+    /// The places where it may be, none if it may be anywhere.
+    pub fn hosts(&self) -> &[Host] {
+        match self {
+            Self::At(hosts) => hosts,
+            Self::Any => &[],
+        }
+    }
+
+    /// Its addresses, as far as they are written down.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.hosts().iter().filter_map(|host| match host {
+            Host::Address(address) => Some(*address),
+            Host::Name(_) => None,
+        })
+    }
+
+    /// Whether it has a name that must be looked up.
+    pub fn has_names(&self) -> bool {
+        self.hosts()
+            .iter()
+            .any(|host| matches!(host, Host::Name(_)))
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.hosts().is_empty() {
+            return f.write_str("any");
+        }
+        for (number, host) in self.hosts().iter().enumerate() {
+            let between = if number == 0 { "" } else { ", " };
+            write!(f, "{between}{host}")?;
+        }
+        Ok(())
+    }
 }
 
 /// Who starts a tunnel.
@@ -168,7 +228,9 @@ pub enum Role {
 /// Liveness checks (RFC 7296 section 2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dpd {
-    /// Silence after which a peer that we send to is asked; zero is never.
+    /// Whether a silent peer is asked always, or only while we send to it.
+    pub mode: DpdMode,
+    /// Silence after which it is asked.
     pub interval: Duration,
     /// Time without an answer after which the peer is dead.
     pub timeout: Duration,

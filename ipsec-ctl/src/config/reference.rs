@@ -137,9 +137,9 @@ pub(super) const SECTIONS: &[Section] = &[
             key("name", "text", "", "Names the tunnel in commands and logs."),
             key(
                 "peer",
-                "address, or `\"any\"`",
+                "address, DNS name, list of these, or `\"any\"`",
                 "",
-                "The peer's outer address; `\"any\"` for one that calls from anywhere and is known by its identity.",
+                "Where the peer is: the primary first, then those to fall back to; `\"any\"` for one that calls from anywhere and is known by its identity. See below.",
             ),
             key(
                 "local",
@@ -156,7 +156,7 @@ pub(super) const SECTIONS: &[Section] = &[
             key(
                 "remote_id",
                 "as `local_id`",
-                "the peer's address; any for `peer = \"any\"`",
+                "one of the peer's addresses; any for `peer = \"any\"`",
                 "The identity the peer must prove.",
             ),
             key(
@@ -203,9 +203,15 @@ pub(super) const SECTIONS: &[Section] = &[
             ),
             key(
                 "dpd",
-                "table: `interval`, `timeout`",
-                "`{ interval = \"20s\", timeout = \"60s\" }`",
-                "A peer that we send to and do not hear from for `interval` is asked whether it lives (`\"0s\"`: never), and given up after `timeout` (at least 5s).",
+                "table: `mode`, `interval`, `retries` or `timeout`",
+                "`{ mode = \"on-demand\", interval = \"20s\", retries = 3 }`",
+                "Whether a peer that is not heard from for `interval` is asked if it lives: `\"on-demand\"`, while we send to it; `\"periodic\"`, always; `\"off\"`. It is dead after `retries` intervals without an answer, or after `timeout` (at least 5s).",
+            ),
+            key(
+                "unique",
+                "`\"replace\"`, `\"keep\"`, `\"never\"`",
+                "`\"replace\"`",
+                "What becomes of a peer's IKE SA when the same identity starts another: it goes; it stays, and one from another address is refused unless it says INITIAL_CONTACT; both stay, whatever INITIAL_CONTACT says.",
             ),
             key(
                 "lifetime",
@@ -300,6 +306,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "ESP proposals in order of preference; a group in one asks for PFS.",
             ),
             key(
+                "on_dead",
+                "`\"restart\"`, `\"trap\"`, `\"clear\"`",
+                "by role: `\"restart\"`, on demand `\"trap\"`, responding `\"clear\"`",
+                "What becomes of the child when the peer is dead: it is started again at once; by the next packet; by the peer. What it protects stays blocked meanwhile.",
+            ),
+            key(
                 "lifetime",
                 "duration from 60s",
                 "`\"8h\"`",
@@ -356,6 +368,7 @@ pub fn markdown() -> String {
             let _ = writeln!(page, "| `{name}` | {values} | {default} | {text} |");
         }
     }
+    page.push_str(PEERS);
     page.push_str(PROPOSALS);
     page
 }
@@ -380,6 +393,33 @@ remote = [\"10.2.0.0/24\"]
 
 The file holds no secrets. Durations are a number with `s`, `m`, `h` or `d`. Unknown keys are errors. Two tunnels need
 different names and devices, and must differ in peer, identities or local address.
+";
+
+const PEERS: &str = "
+## Peers
+
+`peer = [\"203.0.113.9\", \"gw.example.com\", \"2001:db8::9\"]` is tried in this order. After an attempt that failed, for
+whichever reason, the next address follows at once; after the last one there is a pause that grows to a minute. Every
+new start, after a failure of the whole list or the end of an IKE SA, begins with the primary; an IKE SA that is up stays
+where it is. `status` shows the address in use and why the others failed.
+
+A name may have up to 8 addresses, in the order of the system's resolver. Names are looked up before the first attempt,
+again after each round of attempts that failed and when an IKE SA ends, and every five minutes; what is not known within
+5 seconds is taken from the last answer. With a remote selector of 0.0.0.0/0 the name server must be reached by a
+more specific route, or through `bypass`.
+
+A peer that starts may come from any of its addresses; one none of whose names is resolved, from anywhere. Its identity
+decides; without `remote_id` that is one of its addresses.
+
+| On a FortiGate | Here |
+|---|---|
+| `set dpd disable`, `on-demand`, `on-idle` | `dpd.mode` `\"off\"`, `\"on-demand\"`, `\"periodic\"` |
+| `set dpd-retryinterval 20`, `set dpd-retrycount 3` | `dpd.interval`, `dpd.retries` |
+| `set auto-negotiate enable` | `role = \"initiate\"`, `on_dead = \"restart\"` |
+| `set auto-negotiate disable` | `role = \"on-demand\"`, `on_dead = \"trap\"` |
+| `set passive-mode enable` | `role = \"respond\"`, `on_dead = \"clear\"` |
+| `set remotegw-ddns` | a name in `peer` |
+| `set enforce-unique-id replace`, `keep-old`, `disable` | `unique` `\"replace\"`, `\"keep\"`, `\"never\"` |
 ";
 
 const PROPOSALS: &str = "

@@ -2,7 +2,12 @@
 //!
 //! Every key here has its text in `reference.rs`; a test compares the two.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{SeqAccess, Visitor},
+};
 use toml::Spanned;
 
 use crate::dataplane::{
@@ -54,7 +59,7 @@ pub(super) struct LimitsTable {
 #[serde(deny_unknown_fields)]
 pub(super) struct TunnelTable {
     pub(super) name: Text,
-    pub(super) peer: Text,
+    pub(super) peer: Spanned<OneOrMany>,
     pub(super) local: Option<Text>,
     pub(super) local_id: Option<Text>,
     pub(super) remote_id: Option<Text>,
@@ -68,6 +73,8 @@ pub(super) struct TunnelTable {
     pub(super) childless: Option<bool>,
     #[serde(default)]
     pub(super) dpd: DpdTable,
+    #[serde(default)]
+    pub(super) unique: Unique,
     pub(super) lifetime: Option<Text>,
     pub(super) reauth: Option<bool>,
     pub(super) device: Option<Text>,
@@ -91,8 +98,47 @@ pub(super) struct TunnelTable {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DpdTable {
+    #[serde(default)]
+    pub(super) mode: DpdMode,
     pub(super) interval: Option<Text>,
+    pub(super) retries: Option<Spanned<u32>>,
     pub(super) timeout: Option<Text>,
+}
+
+/// One text, or a list of them.
+#[derive(Debug)]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<Text>),
+}
+
+impl<'de> Deserialize<'de> for OneOrMany {
+    // Not by an untagged enum: that would lose the places of the list's entries.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextOrList)
+    }
+}
+
+struct TextOrList;
+
+impl<'de> Visitor<'de> for TextOrList {
+    type Value = OneOrMany;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text or a list of texts")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<OneOrMany, E> {
+        Ok(OneOrMany::One(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<OneOrMany, A::Error> {
+        let mut texts = Vec::new();
+        while let Some(text) = list.next_element()? {
+            texts.push(text);
+        }
+        Ok(OneOrMany::Many(texts))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -102,6 +148,7 @@ pub(super) struct ChildTable {
     pub(super) local: Vec<Text>,
     pub(super) remote: Vec<Text>,
     pub(super) esp: Option<Vec<Text>>,
+    pub(super) on_dead: Option<OnDead>,
     pub(super) lifetime: Option<Text>,
     pub(super) lifetime_bytes: Option<Text>,
     pub(super) lifetime_packets: Option<Spanned<u64>>,
@@ -128,6 +175,44 @@ pub enum Nat {
     Force,
     /// Never; NAT detection is not sent either.
     Forbid,
+}
+
+/// When a silent peer is asked whether it lives (RFC 7296 section 2.4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DpdMode {
+    /// While we send to it.
+    #[default]
+    OnDemand,
+    /// Always.
+    Periodic,
+    /// Never.
+    Off,
+}
+
+/// What becomes of a child when its peer is dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDead {
+    /// It is started again at once.
+    Restart,
+    /// It is started again by the next packet.
+    Trap,
+    /// It waits for the peer.
+    Clear,
+}
+
+/// Which IKE SAs stay when an identity has several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Unique {
+    /// The newest.
+    #[default]
+    Replace,
+    /// The oldest: others are refused.
+    Keep,
+    /// All of them.
+    Never,
 }
 
 /// What is done about sysctls that stand in the way.

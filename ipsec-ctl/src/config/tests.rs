@@ -107,7 +107,7 @@ fn every_problem_is_reported_at_once_and_at_its_line() {
     assert_eq!(
         refusal(&text),
         [
-            "`nowhere` is not an address",
+            "`nowhere` is not an address or a DNS name",
             "`10.1.0.5/24` has bits set behind its length"
         ]
     );
@@ -211,6 +211,76 @@ fn values_that_cannot_work_are_refused() {
         let found = refusal_with(from, to);
         assert!(found.contains(message), "{to}: {found}");
     }
+}
+
+#[test]
+fn a_peer_may_be_a_list_of_addresses_and_names() {
+    let with = |peer: &str| OFFICE.replace("\"203.0.113.9\"", peer);
+    let config = read(&with(
+        r#"["203.0.113.9", "GW.example.com.", "2001:db8::9"]"#,
+    ))
+    .unwrap();
+    assert_eq!(
+        config.tunnels[0].peer.to_string(),
+        "203.0.113.9, gw.example.com, 2001:db8::9"
+    );
+    assert!(config.tunnels[0].peer.has_names());
+    for (peer, message) in [
+        ("[]", "a peer has 1 to 8 addresses and names"),
+        (
+            "[\"any\", \"192.0.2.1\"]",
+            "`any` is not an address or a DNS name",
+        ),
+        ("\"203.0.113.999\"", "`203.0.113.999` is not an address"),
+        (
+            "[\"a.example\", \"A.example\"]",
+            "`a.example` is listed twice",
+        ),
+        (
+            "[\"203.0.113.9\", \"2001:db8::9\"]\nlocal = \"192.0.2.1\"",
+            "one end of the tunnel is IPv4",
+        ),
+    ] {
+        let messages = refusal(&with(peer)).concat();
+        assert!(messages.contains(message), "{peer}: {messages}");
+    }
+    // Tunnels that share a place need something else to tell them apart.
+    let twin = with(r#"["198.51.100.1", "203.0.113.9"]"#).replace("\"office\"", "\"twin\"");
+    assert_eq!(
+        refusal(&format!("{OFFICE}{twin}")),
+        ["these tunnels cannot be told apart: same addresses, same identities"]
+    );
+}
+
+#[test]
+fn the_time_until_a_peer_is_dead_is_said_once() {
+    let with = |dpd: &str| {
+        OFFICE.replace(
+            "\"203.0.113.9\"",
+            &format!("\"203.0.113.9\"\ndpd = {{ {dpd} }}"),
+        )
+    };
+    let dpd = |text: &str| read(&with(text)).unwrap().tunnels[0].dpd;
+    let seconds = |text: &str| dpd(text).timeout.as_secs();
+    assert_eq!(seconds("mode = \"periodic\""), 60);
+    assert_eq!(seconds("interval = \"10s\", retries = 5"), 50);
+    assert_eq!(seconds("interval = \"2s\", timeout = \"30s\""), 30);
+    assert_eq!(seconds("interval = \"1s\", retries = 1"), 5);
+    assert_eq!(dpd("mode = \"off\"").mode, DpdMode::Off);
+    let message = refusal(&with("retries = 3, timeout = \"9s\"")).concat();
+    assert!(message.contains("say the same thing twice"), "{message}");
+}
+
+#[test]
+fn a_child_of_a_responder_cannot_be_started_when_the_peer_is_dead() {
+    let text = OFFICE
+        .replace("psk_file", "role = \"respond\"\npsk_file")
+        .replace("name = \"net\"", "name = \"net\"\non_dead = \"trap\"");
+    assert!(
+        refusal(&text)
+            .concat()
+            .contains("cannot be started again from here")
+    );
 }
 
 #[test]

@@ -15,8 +15,8 @@ use toml::Spanned;
 
 use super::{
     diagnostic::Problem,
-    model::{Child, Config, Dpd, Limits, Peer, Ports, Role, Tunnel},
-    schema::{self, RoleSetting, Text},
+    model::{Child, Config, Dpd, Host, Limits, Peer, Ports, Role, Tunnel},
+    schema::{self, OnDead, OneOrMany, RoleSetting, Text},
     secret::{KeyFileError, Secret},
     value,
 };
@@ -40,6 +40,9 @@ const FRAGMENT_LEAST: u16 = 576;
 const MTU_LEAST: u16 = 576;
 /// The mark of our own packets unless configured: "IX" in ASCII, unlikely to be anybody else's.
 const DEFAULT_MARK: u32 = 0x4958;
+
+/// Most addresses and names of one peer.
+const HOSTS_MOST: usize = 8;
 
 type ReadKey<'a> = &'a dyn Fn(&Path) -> Result<Secret, KeyFileError>;
 
@@ -182,22 +185,26 @@ fn tunnel(
 ) -> Tunnel {
     let whole = table.span();
     let raw = table.into_inner();
-    let peer = problems.keep(peer(&raw.peer), Peer::Any);
-    let role = problems.keep(role(raw.role, peer, &raw.peer), Role::Respond);
+    let place = raw.peer.span();
+    let peer = peer(&raw.peer, problems);
+    let role = problems.keep(role(raw.role, &peer, place.clone()), Role::Respond);
     let local = raw.local.as_ref().and_then(|text| {
         let address = parsed::<IpAddr>(text, "an address", "write for example \"198.51.100.1\"");
         problems.keep(address.map(Some), None)
     });
-    if let (Some(local), Peer::Address(peer), Some(text)) = (local, peer, &raw.local)
-        && local.is_ipv4() != peer.is_ipv4()
+    if let (Some(local), Some(text)) = (local, &raw.local)
+        && peer
+            .addresses()
+            .any(|peer| peer.is_ipv4() != local.is_ipv4())
     {
         problems.add(
             Problem::new("one end of the tunnel is IPv4 and the other IPv6")
                 .at(text.span(), "our address")
-                .at(raw.peer.span(), "the peer's address"),
+                .at(place, "the peer's address"),
         );
     }
-    let children = children(&raw, whole, problems);
+    let children = children(&raw, role, whole, problems);
+    let dpd = dpd(&raw.dpd, problems);
     let engine = raw.engine.unwrap_or(default_engine);
     Tunnel {
         device: device(&raw, problems),
@@ -213,10 +220,8 @@ fn tunnel(
         keepalive: duration(raw.keepalive.as_ref(), 20, 1, problems),
         fragment_size: fragment_size(raw.fragment_size.as_ref(), problems),
         childless: raw.childless.unwrap_or(false),
-        dpd: Dpd {
-            interval: duration(raw.dpd.interval.as_ref(), 20, 0, problems),
-            timeout: duration(raw.dpd.timeout.as_ref(), 60, 5, problems),
-        },
+        dpd,
+        unique: raw.unique,
         lifetime: duration(raw.lifetime.as_ref(), 86_400, 60, problems),
         reauth: raw.reauth.unwrap_or(false),
         mtu: mtu(raw.mtu.as_ref(), &children, problems),
@@ -233,28 +238,97 @@ fn tunnel(
     }
 }
 
-fn peer(text: &Text) -> Result<Peer, Problem> {
-    if text.get_ref() == "any" {
-        return Ok(Peer::Any);
+/// The peer; where it cannot be read, one that asks for no further checks.
+fn peer(raw: &Spanned<OneOrMany>, problems: &mut Problems) -> Peer {
+    let texts = match raw.get_ref() {
+        OneOrMany::One(text) if text == "any" => return Peer::Any,
+        OneOrMany::One(text) => vec![(text, raw.span())],
+        OneOrMany::Many(texts) => texts
+            .iter()
+            .map(|text| (text.get_ref(), text.span()))
+            .collect(),
+    };
+    if !(1..=HOSTS_MOST).contains(&texts.len()) {
+        problems.add(
+            Problem::new("a peer has 1 to 8 addresses and names").at(raw.span(), "in this list"),
+        );
     }
-    parsed(
-        text,
-        "an address",
-        "write the peer's address, or \"any\" for a peer that calls us from anywhere",
-    )
-    .map(Peer::Address)
+    let mut hosts: Vec<Host> = Vec::new();
+    for (text, place) in texts {
+        match host(text) {
+            Some(host) if hosts.contains(&host) => problems.add(
+                Problem::new(format!("`{host}` is listed twice")).at(place, "here again"),
+            ),
+            Some(host) => hosts.push(host),
+            None => problems.add(
+                Problem::new(format!("`{text}` is not an address or a DNS name"))
+                    .at(place, "here")
+                    .help("write an address, a name with a dot in it, a list of both, or \"any\" alone for a peer that calls us from anywhere"),
+            ),
+        }
+    }
+    if hosts.is_empty() {
+        Peer::Any
+    } else {
+        Peer::At(hosts)
+    }
 }
 
-fn role(raw: Option<RoleSetting>, peer: Peer, place: &Text) -> Result<Role, Problem> {
+fn host(text: &str) -> Option<Host> {
+    let text = text.trim();
+    if let Ok(address) = text.parse() {
+        return Some(Host::Address(address));
+    }
+    // RFC 1123 section 2.1: letters, digits and hyphens, and the last label is not all digits, so that no mistyped
+    // address becomes a name. A name without a dot is more often a slip than a host.
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+    };
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let last = name.rsplit_once('.')?.1;
+    let usable = name.len() <= 253
+        && name.split('.').all(label)
+        && last.bytes().any(|b| b.is_ascii_alphabetic());
+    usable.then(|| Host::Name(name.to_ascii_lowercase()))
+}
+
+fn dpd(raw: &schema::DpdTable, problems: &mut Problems) -> Dpd {
+    let interval = duration(raw.interval.as_ref(), 20, 1, problems);
+    let retries = at_least_one(raw.retries.as_ref(), "retries", problems).unwrap_or(3);
+    if let (Some(retries), Some(timeout)) = (&raw.retries, &raw.timeout) {
+        problems.add(
+            Problem::new("`retries` and `timeout` say the same thing twice")
+                .at(retries.span(), "so many intervals")
+                .at(timeout.span(), "this time")
+                .help("keep one of them"),
+        );
+    }
+    let timeout = match &raw.timeout {
+        Some(text) => duration(Some(text), 60, 5, problems),
+        None => interval.saturating_mul(retries).max(Duration::from_secs(5)),
+    };
+    Dpd {
+        mode: raw.mode,
+        interval,
+        timeout,
+    }
+}
+
+fn role(raw: Option<RoleSetting>, peer: &Peer, place: Range<usize>) -> Result<Role, Problem> {
     match (raw, peer) {
         (None | Some(RoleSetting::Respond), Peer::Any)
-        | (Some(RoleSetting::Respond), Peer::Address(_)) => Ok(Role::Respond),
-        (None | Some(RoleSetting::Initiate), Peer::Address(_)) => Ok(Role::Initiate),
-        (Some(RoleSetting::OnDemand), Peer::Address(_)) => Ok(Role::OnDemand),
+        | (Some(RoleSetting::Respond), Peer::At(_)) => Ok(Role::Respond),
+        (None | Some(RoleSetting::Initiate), Peer::At(_)) => Ok(Role::Initiate),
+        (Some(RoleSetting::OnDemand), Peer::At(_)) => Ok(Role::OnDemand),
         (Some(RoleSetting::Initiate | RoleSetting::OnDemand), Peer::Any) => Err(Problem::new(
             "a tunnel to a peer at any address cannot be started from here",
         )
-        .at(place.span(), "has no address to call")
+        .at(place, "has no address to call")
         .help("set role = \"respond\", or write the peer's address")),
     }
 }
@@ -416,7 +490,12 @@ where
     (!proposals.is_empty()).then_some(proposals)
 }
 
-fn children(raw: &schema::TunnelTable, whole: Range<usize>, problems: &mut Problems) -> Vec<Child> {
+fn children(
+    raw: &schema::TunnelTable,
+    role: Role,
+    whole: Range<usize>,
+    problems: &mut Problems,
+) -> Vec<Child> {
     if raw.children.is_empty() {
         problems.add(
             Problem::new(format!(
@@ -440,11 +519,11 @@ fn children(raw: &schema::TunnelTable, whole: Range<usize>, problems: &mut Probl
     }
     raw.children
         .iter()
-        .map(|table| child(table.get_ref(), problems))
+        .map(|table| child(table.get_ref(), role, problems))
         .collect()
 }
 
-fn child(raw: &schema::ChildTable, problems: &mut Problems) -> Child {
+fn child(raw: &schema::ChildTable, role: Role, problems: &mut Problems) -> Child {
     let local = selectors(&raw.local, &raw.name, "local", problems);
     let remote = selectors(&raw.remote, &raw.name, "remote", problems);
     let families = |side: &[TrafficSelector]| {
@@ -466,6 +545,7 @@ fn child(raw: &schema::ChildTable, problems: &mut Problems) -> Child {
         remote,
         esp: proposals::<EspProposal>(raw.esp.as_deref(), problems)
             .unwrap_or_else(EspProposal::defaults),
+        on_dead: on_dead(raw, role, problems),
         lifetime: duration(raw.lifetime.as_ref(), 28_800, 60, problems),
         lifetime_bytes: raw
             .lifetime_bytes
@@ -473,6 +553,26 @@ fn child(raw: &schema::ChildTable, problems: &mut Problems) -> Child {
             .and_then(|text| volume(text, problems)),
         lifetime_packets: at_least_one(raw.lifetime_packets.as_ref(), "lifetime_packets", problems),
         replay_window: replay_window(raw.replay_window.as_ref(), problems),
+    }
+}
+
+/// What becomes of a child when the peer is dead: unless told otherwise, it is started again by whoever has started it.
+fn on_dead(raw: &schema::ChildTable, role: Role, problems: &mut Problems) -> OnDead {
+    match (raw.on_dead, role) {
+        (Some(OnDead::Restart | OnDead::Trap), Role::Respond) => {
+            problems.add(
+                Problem::new(
+                    "a child whose tunnel the peer starts cannot be started again from here",
+                )
+                .at(raw.name.span(), "this child")
+                .help("set on_dead = \"clear\", or another role"),
+            );
+            OnDead::Clear
+        }
+        (Some(on_dead), Role::Initiate | Role::OnDemand | Role::Respond) => on_dead,
+        (None, Role::Initiate) => OnDead::Restart,
+        (None, Role::OnDemand) => OnDead::Trap,
+        (None, Role::Respond) => OnDead::Clear,
     }
 }
 
@@ -557,7 +657,9 @@ fn indistinguishable(tunnels: &[Tunnel], spans: &[Range<usize>], problems: &mut 
 }
 
 fn same_peer(a: &Tunnel, b: &Tunnel) -> bool {
-    a.peer == b.peer && a.remote_id == b.remote_id && a.local == b.local && a.local_id == b.local_id
+    let (here, there) = (a.peer.hosts(), b.peer.hosts());
+    let overlaps = a.peer == b.peer || here.iter().any(|host| there.contains(host));
+    overlaps && a.remote_id == b.remote_id && a.local == b.local && a.local_id == b.local_id
 }
 
 fn parsed<T: FromStr>(text: &Text, what: &str, help: &str) -> Result<T, Problem> {

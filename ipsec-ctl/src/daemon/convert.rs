@@ -6,8 +6,9 @@ use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 use ipsec_common::TrafficSelector;
 use zeroize::Zeroizing;
 
+use super::peers::{Place, all_ways};
 use crate::{
-    config::{Child, Nat, Peer, Role, Tunnel},
+    config::{self, Child, Nat, Peer, Role, Tunnel},
     dataplane::{
         routing::RoutingSpec,
         seam::{
@@ -18,14 +19,17 @@ use crate::{
     esp::{EspKeys, EspSuite, Integrity},
     ike::{
         self,
-        config::{ChildConfig, ChildName, NatPolicy, PeerConfig, PeerId},
+        config::{
+            ChildConfig, ChildName, DpdMode, NatPolicy, OnDead, PeerConfig, PeerId, Remote, Unique,
+            Way,
+        },
         crypto::{self, ChildSuite, Encryption, Esn},
         event::{ChildUp, IkeInfo, OuterAddresses},
     },
 };
 
 /// What the data plane is told of a tunnel.
-pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel) -> TunnelSpec {
+pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> TunnelSpec {
     TunnelSpec {
         id,
         name: tunnel.name.clone(),
@@ -45,14 +49,19 @@ pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel) -> TunnelSpec {
                     local: child.local.clone(),
                     remote: child.remote.clone(),
                 },
-                on_demand: tunnel.role == Role::OnDemand,
+                on_demand: is_on_demand(tunnel, child),
             })
             .collect(),
-        routing: routing_spec(tunnel),
+        routing: routing_spec(tunnel, places),
     }
 }
 
-fn routing_spec(tunnel: &Tunnel) -> RoutingSpec {
+/// Whether a packet may start a child.
+pub(super) fn is_on_demand(tunnel: &Tunnel, child: &Child) -> bool {
+    tunnel.role == Role::OnDemand || child.on_dead == config::OnDead::Trap
+}
+
+fn routing_spec(tunnel: &Tunnel, places: &[Place]) -> RoutingSpec {
     let cover = |selectors: &dyn Fn(&Child) -> Vec<TrafficSelector>| {
         IpNet::aggregate(
             &tunnel
@@ -67,13 +76,36 @@ fn routing_spec(tunnel: &Tunnel) -> RoutingSpec {
         mode: tunnel.routes,
         remote: cover(&|child| child.remote.clone()),
         local: cover(&|child| child.local.clone()),
-        peer: match tunnel.peer {
-            Peer::Address(address) => Some(address),
-            Peer::Any => None,
-        },
+        peers: peers(tunnel, places),
         outer_local: tunnel.local,
         addresses: tunnel.address.clone(),
         bypass: tunnel.bypass.clone(),
+    }
+}
+
+/// The addresses of the peer, those that are written down and those that its names stand for.
+fn peers(tunnel: &Tunnel, places: &[Place]) -> Vec<IpAddr> {
+    let mut peers: Vec<IpAddr> = tunnel.peer.addresses().collect();
+    for way in all_ways(places) {
+        if !peers.contains(&way.remote) {
+            peers.push(way.remote);
+        }
+    }
+    peers
+}
+
+/// Where the endpoint finds the peer; before anything was looked up, at the addresses that are written down.
+fn remote(tunnel: &Tunnel, places: &[Place]) -> Remote {
+    match &tunnel.peer {
+        Peer::Any => Remote::Anywhere,
+        Peer::At(_) if places.is_empty() => {
+            let ways = tunnel.peer.addresses().map(|remote| Way {
+                remote,
+                local: tunnel.local,
+            });
+            Remote::At(ways.collect())
+        }
+        Peer::At(_) => Remote::At(all_ways(places)),
     }
 }
 
@@ -114,14 +146,11 @@ pub(super) fn volume(packets: Option<u64>, bytes: Option<u64>, esn: bool) -> Lif
 }
 
 /// What the endpoint is told of a tunnel.
-pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
+pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> PeerConfig {
     PeerConfig {
         id: PeerId(id.0),
         name: tunnel.name.clone(),
-        remote: match tunnel.peer {
-            Peer::Address(address) => Some(address),
-            Peer::Any => None,
-        },
+        remote: remote(tunnel, places),
         local: tunnel.local,
         local_id: tunnel.local_id.clone(),
         remote_id: tunnel.remote_id.clone(),
@@ -139,9 +168,19 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
         },
         fragment_size: tunnel.fragment_size,
         keepalive: tunnel.keepalive,
+        dpd_mode: match tunnel.dpd.mode {
+            config::DpdMode::Off => DpdMode::Off,
+            config::DpdMode::OnDemand => DpdMode::OnDemand,
+            config::DpdMode::Periodic => DpdMode::Periodic,
+        },
         dpd_interval: tunnel.dpd.interval,
         dpd_timeout: tunnel.dpd.timeout,
         childless: tunnel.childless,
+        unique: match tunnel.unique {
+            config::Unique::Replace => Unique::Replace,
+            config::Unique::Keep => Unique::Keep,
+            config::Unique::Never => Unique::Never,
+        },
         lifetime: tunnel.lifetime,
         reauth: tunnel.reauth,
         children: (0..)
@@ -152,6 +191,11 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel) -> PeerConfig {
                 local: child.local.clone(),
                 remote: child.remote.clone(),
                 proposals: child.esp.clone(),
+                on_dead: match child.on_dead {
+                    config::OnDead::Restart => OnDead::Restart,
+                    config::OnDead::Trap => OnDead::Trap,
+                    config::OnDead::Clear => OnDead::Clear,
+                },
                 lifetime: child.lifetime,
             })
             .collect(),

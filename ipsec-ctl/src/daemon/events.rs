@@ -7,10 +7,10 @@ use tracing::{debug, info, warn};
 use super::{
     convert,
     gateway::Gateway,
+    peers::all_ways,
     tunnels::{SaPair, Sends},
 };
 use crate::{
-    config::Role,
     dataplane::{
         seam::{self, Direction, LifetimeKind, SaId, TunnelId},
         xdp::slow::monotonic_seconds,
@@ -88,6 +88,7 @@ impl Gateway {
                 if up.info.initiator { "us" } else { "the peer" },
             ),
             Event::IkeDown { peer, reason, .. } => {
+                self.look_up(tunnel_of(peer));
                 let tunnel = self.name_of(peer);
                 match reason {
                     DownReason::Replaced | DownReason::Rekeyed => {
@@ -118,6 +119,7 @@ impl Gateway {
                 self.set_carrier(tunnel_of(peer)).await;
             }
             Event::Moved(sa, outer) => self.moved(sa, outer).await,
+            Event::Exhausted(peer) => self.look_up(tunnel_of(peer)),
             Event::Failed(failure) => self.failed(&failure),
         }
     }
@@ -134,6 +136,7 @@ impl Gateway {
         );
         if let Some(tunnel) = self.tunnels.get_mut(tunnel_of(up.peer)) {
             tunnel.failure = None;
+            tunnel.failed.remove(&up.info.remote.ip());
         }
     }
 
@@ -239,7 +242,9 @@ impl Gateway {
         let Some(tunnel) = self.tunnels.get(id) else {
             return;
         };
-        let on = tunnel.carries() || (tunnel.config.role == Role::OnDemand && !tunnel.down);
+        let mut children = tunnel.config.children.iter();
+        let trapped = children.any(|child| convert::is_on_demand(&tunnel.config, child));
+        let on = tunnel.carries() || (trapped && !tunnel.down);
         let _ = self.engine.command(seam::Command::SetCarrier(id, on)).await;
     }
 
@@ -273,6 +278,11 @@ impl Gateway {
             .and_then(|peer| self.tunnels.get_mut(tunnel_of(peer)))
         {
             state.failure = Some(failure.to_string());
+            let address = failure.remote.ip();
+            let called = all_ways(&state.places);
+            if called.iter().any(|way| way.remote == address) {
+                state.failed.insert(address, failure.to_string());
+            }
         }
         if self.failures.allows(Instant::now()) {
             warn!(tunnel, peer = %failure.remote, "{failure}");
@@ -291,22 +301,24 @@ impl Gateway {
                 child,
                 flow,
             } => {
-                let wanted = self.tunnels.get(tunnel).is_some_and(|state| !state.down);
-                if let (true, Some(local)) = (wanted, self.local_address(tunnel).await) {
-                    info!(
-                        tunnel = self.name_of(PeerId(tunnel.0)),
-                        "a packet from {} to {} asks for the tunnel", flow.source, flow.destination
-                    );
-                    self.endpoint.handle_command(
-                        now,
-                        Command::Acquire {
-                            peer: PeerId(tunnel.0),
-                            child: ChildName(child.0),
-                            local,
-                            packet: Some(convert::packet(&flow)),
-                        },
-                    );
-                }
+                let state = self.tunnels.get(tunnel).filter(|state| !state.down);
+                let Some(state) = state else { return };
+                // A packet that comes before the way is known starts nothing; the next one does.
+                let Some(local) = state.local() else {
+                    return self.look_up(tunnel);
+                };
+                let local = (local, self.config.ports.ike).into();
+                info!(
+                    tunnel = self.name_of(PeerId(tunnel.0)),
+                    "a packet from {} to {} asks for the tunnel", flow.source, flow.destination
+                );
+                let acquire = Command::Acquire {
+                    peer: PeerId(tunnel.0),
+                    child: ChildName(child.0),
+                    local,
+                    packet: Some(convert::packet(&flow)),
+                };
+                self.endpoint.handle_command(now, acquire);
             }
             seam::Event::Lifetime { sa, kind } => {
                 if let Some((_, child)) = self.tunnels.owner(sa) {

@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -17,19 +16,20 @@ use tracing::{error, info, warn};
 use super::{
     convert,
     jobs::Pool,
+    peers::{Found, Lookups},
     supervise::{PlaneError, Supervisor},
     tunnels::Tunnels,
 };
 use crate::{
     api::{Request, server::ServerError},
-    config::{Config, Peer, Role, SysctlSetting},
+    config::{Config, Role, SysctlSetting},
     dataplane::{
         plane::Plane,
-        seam::{self, IkeDatagram, TunnelId},
+        seam::{self, IkeDatagram},
     },
     ike::{
         Endpoint,
-        config::{EndpointConfig, PeerId},
+        config::EndpointConfig,
         event::Command,
         job::{Job, JobResult},
         rng::SystemRandom,
@@ -74,10 +74,11 @@ pub(super) struct Gateway {
     pub(super) config: Config,
     pub(super) engine: Plane,
     pub(super) endpoint: Endpoint,
-    pub(super) netlink: Netlink,
     pub(super) tunnels: Tunnels,
     pub(super) started: Instant,
     pub(super) failures: super::events::LogLimit,
+    pub(super) lookups: Lookups,
+    found: mpsc::UnboundedReceiver<Found>,
     pool: Pool<Job>,
     results: mpsc::UnboundedReceiver<JobResult>,
     pub(super) events: mpsc::Receiver<seam::Event>,
@@ -94,6 +95,7 @@ impl Gateway {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
         let (engine, events) = supervisor.attach(true).await?;
         let (pool, results) = Pool::start(Job::run).map_err(StartError::Runtime)?;
+        let (lookups, found) = Lookups::new(netlink, config.mark);
         let endpoint = Endpoint::new(
             EndpointConfig {
                 ike_port: config.ports.ike,
@@ -108,10 +110,11 @@ impl Gateway {
             path: path.to_owned(),
             engine,
             endpoint,
-            netlink,
             tunnels: Tunnels::default(),
             started: Instant::now(),
             failures: super::events::LogLimit::default(),
+            lookups,
+            found,
             pool,
             results,
             events,
@@ -173,6 +176,7 @@ impl Gateway {
                     let now = self.now();
                     self.endpoint.handle_job(now, result);
                 }
+                Some(found) = self.found.recv() => self.found(found).await,
                 Some(request) = requests.recv() => self.request(request).await,
                 () = sleep_until(due.into()) => {
                     let now = self.now();
@@ -219,15 +223,7 @@ impl Gateway {
 
     async fn tick(&mut self) {
         self.hint_traffic().await;
-        let pending: Vec<TunnelId> = self
-            .tunnels
-            .iter()
-            .filter(|(_, tunnel)| tunnel.pending)
-            .map(|(id, _)| id)
-            .collect();
-        for id in pending {
-            self.bring_up(id).await;
-        }
+        self.look_up_what_is_old();
     }
 
     /// Tells the endpoint what the SAs have carried, which is how it knows that a peer lives.
@@ -270,7 +266,7 @@ impl Gateway {
         let starts = config.role == Role::Initiate;
         let on_demand = config.role == Role::OnDemand;
         let id = self.tunnels.add(config.clone());
-        let spec = convert::tunnel_spec(id, &config);
+        let spec = convert::tunnel_spec(id, &config, &[]);
         if let Err(rejected) = self
             .engine
             .command(seam::Command::SetTunnel(Box::new(spec)))
@@ -286,58 +282,14 @@ impl Gateway {
         let now = self.now();
         self.endpoint.handle_command(
             now,
-            Command::SetPeer(Box::new(convert::peer_config(id, &config))),
+            Command::SetPeer(Box::new(convert::peer_config(id, &config, &[]))),
         );
         if starts {
-            self.bring_up(id).await;
+            self.bring_up(id);
+        } else {
+            self.look_up(id);
         }
         Ok(())
-    }
-
-    /// Starts a tunnel, or notes that it waits for a route to its peer.
-    pub(super) async fn bring_up(&mut self, id: TunnelId) {
-        let Some(local) = self.local_address(id).await else {
-            if let Some(tunnel) = self.tunnels.get_mut(id) {
-                if !tunnel.pending {
-                    warn!(tunnel = tunnel.config.name, "there is no route to the peer");
-                }
-                tunnel.pending = true;
-                tunnel.failure = Some("there is no route to the peer".to_owned());
-            }
-            return;
-        };
-        if let Some(tunnel) = self.tunnels.get_mut(id) {
-            tunnel.pending = false;
-        }
-        let now = self.now();
-        self.endpoint
-            .handle_command(now, Command::Up(PeerId(id.0), local));
-    }
-
-    /// Our address and port towards the peer: as configured, or as the kernel routes our own packets.
-    pub(super) async fn local_address(&self, id: TunnelId) -> Option<SocketAddr> {
-        let tunnel = self.tunnels.get(id)?;
-        let port = self.config.ports.ike;
-        if let Some(local) = tunnel.config.local {
-            return Some(SocketAddr::new(local, port));
-        }
-        let Peer::Address(peer) = tunnel.config.peer else {
-            return None;
-        };
-        self.source_towards(peer)
-            .await
-            .map(|local| SocketAddr::new(local, port))
-    }
-
-    async fn source_towards(&self, peer: IpAddr) -> Option<IpAddr> {
-        let mark = Some(self.config.mark);
-        match self.netlink.way(peer, None, mark).await {
-            Ok(way) => way.and_then(|way| way.source),
-            Err(cause) => {
-                warn!(%peer, %cause, "the way to the peer cannot be looked up");
-                None
-            }
-        }
     }
 
     /// Says farewell to the peers. Devices, routes and backstops stay: what is protected stays closed.

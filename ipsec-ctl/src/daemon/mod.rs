@@ -10,6 +10,7 @@ mod gateway;
 mod guard;
 mod jobs;
 mod log;
+mod peers;
 mod reload;
 mod report;
 mod revive;
@@ -43,7 +44,7 @@ pub fn run(path: &Path, config: Config, filter: &str, one_process: bool) -> Resu
         .enable_all()
         .build()
         .map_err(StartError::Runtime)?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let (requests, inbox) = mpsc::channel(64);
         let listener = crate::api::server::open(&config.control_socket)?;
         let supervisor = supervise::Supervisor::new(&config, filter, one_process);
@@ -51,5 +52,8 @@ pub fn run(path: &Path, config: Config, filter: &str, one_process: bool) -> Resu
         tokio::spawn(crate::api::server::serve(listener, requests));
         gateway.run(inbox).await;
         Ok(())
-    })
+    });
+    // A thread that waits for a dead name server must not hold the process.
+    runtime.shutdown_background();
+    result
 }

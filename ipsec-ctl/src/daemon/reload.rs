@@ -90,20 +90,25 @@ impl Gateway {
             self.remove_tunnel(id).await;
             return self.add_tunnel(new.clone()).await;
         }
-        let spec = convert::tunnel_spec(id, new);
+        let places = self
+            .tunnels
+            .get(id)
+            .map(|tunnel| tunnel.places.clone())
+            .unwrap_or_default();
+        let spec = convert::tunnel_spec(id, new, &places);
         self.engine
             .command(seam::Command::SetTunnel(Box::new(spec)))
             .await?;
         let now = self.now();
         self.endpoint.handle_command(
             now,
-            Command::SetPeer(Box::new(convert::peer_config(id, new))),
+            Command::SetPeer(Box::new(convert::peer_config(id, new, &places))),
         );
         if let Some(tunnel) = self.tunnels.get_mut(id) {
             tunnel.config = new.clone();
         }
         if new.role == Role::Initiate && old.role != Role::Initiate {
-            self.bring_up(id).await;
+            self.bring_up(id);
         }
         Ok(())
     }

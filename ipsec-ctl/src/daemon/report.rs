@@ -11,8 +11,8 @@ use crate::{
     api::{
         Request,
         model::{
-            Child, Counter, Direction, Done, IkeSa, Interface, Refused, Rekey, State, Status,
-            Tunnel,
+            Child, Counter, Direction, Done, IkeSa, Interface, PeerAddress, Refused, Rekey, State,
+            Status, Tunnel,
         },
     },
     config::{Peer, Role},
@@ -56,7 +56,7 @@ impl Gateway {
                 remedy: "its peer starts it; wait for the peer, or configure `peer`".to_owned(),
             });
         }
-        self.bring_up(id).await;
+        self.bring_up(id);
         Ok(Done {
             lines: vec![format!(
                 "{name} is coming up; `ipsec-ctl status {name}` tells how far it is"
@@ -188,10 +188,8 @@ impl Gateway {
             state,
             device: tunnel.config.device.clone(),
             mtu: tunnel.mtu,
-            peer: match tunnel.config.peer {
-                Peer::Address(address) => address.to_string(),
-                Peer::Any => "any".to_owned(),
-            },
+            peer: tunnel.config.peer.to_string(),
+            addresses: addresses(tunnel, ike),
             role: match tunnel.config.role {
                 Role::Initiate => "initiate",
                 Role::OnDemand => "on-demand",
@@ -290,6 +288,29 @@ impl Gateway {
             forged: stats.forged,
         })
     }
+}
+
+/// Where the peer is, one line for each address or name that is not resolved.
+fn addresses(tunnel: &TunnelState, ike: Option<&IkeInfo>) -> Vec<PeerAddress> {
+    let mut addresses = Vec::new();
+    for place in &tunnel.places {
+        let host = place.host.to_string();
+        match &place.ways {
+            Ok(ways) => addresses.extend(ways.iter().map(|way| PeerAddress {
+                host: host.clone(),
+                address: Some(way.remote),
+                in_use: ike.is_some_and(|ike| ike.remote.ip() == way.remote),
+                failure: tunnel.failed.get(&way.remote).cloned(),
+            })),
+            Err(why) => addresses.push(PeerAddress {
+                host,
+                address: None,
+                in_use: false,
+                failure: Some(why.clone()),
+            }),
+        }
+    }
+    addresses
 }
 
 /// How packets are taken from an interface, in words.

@@ -1,9 +1,14 @@
 //! What the daemon knows of each configured tunnel beyond its configuration.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    time::Instant,
+};
 
 use ipsec_common::{Spi, TrafficSelector};
 
+use super::peers::{Place, all_ways};
 use crate::{
     config::Tunnel,
     dataplane::seam::{Offload, SaId, SaSpec, TunnelId},
@@ -26,10 +31,23 @@ pub(super) struct TunnelState {
     pub(super) pending: bool,
     /// The last failure, until it is up.
     pub(super) failure: Option<String>,
+    /// Where its peer is, as far as that is known.
+    pub(super) places: Vec<Place>,
+    /// When its peer was looked up last.
+    pub(super) looked_up: Instant,
+    /// Why the last attempt with an address of the peer failed, if it did.
+    pub(super) failed: BTreeMap<IpAddr, String>,
     /// MTU of its device.
     pub(super) mtu: Option<u16>,
     /// Pairs of SAs that are installed.
     pub(super) pairs: BTreeMap<ChildSaId, SaPair>,
+}
+
+impl TunnelState {
+    /// Our address towards the peer: the first that is known.
+    pub(super) fn local(&self) -> Option<IpAddr> {
+        all_ways(&self.places).iter().find_map(|way| way.local)
+    }
 }
 
 /// A pair of installed SAs.
@@ -109,6 +127,9 @@ impl Tunnels {
                 down: false,
                 pending: false,
                 failure: None,
+                places: Vec::new(),
+                looked_up: Instant::now(),
+                failed: BTreeMap::new(),
                 mtu: None,
                 pairs: BTreeMap::new(),
             },

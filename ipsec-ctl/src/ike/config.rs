@@ -56,6 +56,82 @@ pub enum NatPolicy {
     Forbid,
 }
 
+/// When a silent peer is asked whether it lives (RFC 7296 section 2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DpdMode {
+    /// Never.
+    Off,
+    /// While we send to it.
+    OnDemand,
+    /// Always.
+    Periodic,
+}
+
+/// What becomes of a child when the peer is dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnDead {
+    /// It is started again at once.
+    Restart,
+    /// It is started again when traffic asks for it.
+    Trap,
+    /// It waits for the peer.
+    Clear,
+}
+
+/// Which IKE SAs stay when one identity has several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Unique {
+    /// The newest.
+    Replace,
+    /// The oldest; others are refused.
+    Keep,
+    /// All.
+    Never,
+}
+
+/// Where a peer is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Remote {
+    /// Anywhere: it starts, and is known by its identity.
+    Anywhere,
+    /// At these addresses, the primary first. Empty as long as none of its names is resolved: then it may start from
+    /// anywhere, but is not called.
+    At(Vec<Way>),
+}
+
+/// One address of a peer, and how it is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Way {
+    /// The peer's address.
+    pub remote: IpAddr,
+    /// Our address towards it, as far as it is known.
+    pub local: Option<IpAddr>,
+}
+
+impl Remote {
+    /// The ways to it, none if it may be anywhere.
+    pub fn ways(&self) -> &[Way] {
+        match self {
+            Self::Anywhere => &[],
+            Self::At(ways) => ways,
+        }
+    }
+
+    /// Its addresses, none if it may be anywhere.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.ways().iter().map(|way| way.remote)
+    }
+}
+
+impl From<IpAddr> for Remote {
+    fn from(remote: IpAddr) -> Self {
+        Self::At(vec![Way {
+            remote,
+            local: None,
+        }])
+    }
+}
+
 /// One peer.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PeerConfig {
@@ -63,13 +139,13 @@ pub struct PeerConfig {
     pub id: PeerId,
     /// Its name in messages for people.
     pub name: String,
-    /// Its address; none for a peer that starts from anywhere.
-    pub remote: Option<IpAddr>,
+    /// Where it is.
+    pub remote: Remote,
     /// Our address; none for whatever the caller names when it starts.
     pub local: Option<IpAddr>,
     /// Our identity; our address if none.
     pub local_id: Option<Identity>,
-    /// Its identity; its address if none, any if that is not known either.
+    /// Its identity; one of its addresses if none, any for a peer that may be anywhere.
     pub remote_id: Option<Identity>,
     /// The pre-shared key.
     pub psk: Zeroizing<Vec<u8>>,
@@ -83,12 +159,16 @@ pub struct PeerConfig {
     pub fragment_size: Option<u16>,
     /// Interval of NAT keep-alives.
     pub keepalive: Duration,
-    /// Silence after which a peer that we send to is asked whether it lives; zero is never.
+    /// When a silent peer is asked whether it lives.
+    pub dpd_mode: DpdMode,
+    /// Silence after which it is asked.
     pub dpd_interval: Duration,
     /// Time after which an unanswered request means that the peer is dead.
     pub dpd_timeout: Duration,
     /// IKE_AUTH brings no child where the responder allows that (RFC 6023).
     pub childless: bool,
+    /// Which of several IKE SAs with one identity stay.
+    pub unique: Unique,
     /// Lifetime of the IKE SA.
     pub lifetime: Duration,
     /// An IKE SA near its end is replaced by a fresh one, with a new proof of identity, instead of being rekeyed.
@@ -116,6 +196,8 @@ pub struct ChildConfig {
     pub remote: Vec<TrafficSelector>,
     /// Acceptable algorithms in order of preference.
     pub proposals: Vec<EspProposal>,
+    /// What becomes of it when the peer is dead.
+    pub on_dead: OnDead,
     /// Lifetime of its SAs.
     pub lifetime: Duration,
 }

@@ -28,7 +28,7 @@ pub enum Command {
     SetPeer(Box<PeerConfig>),
     /// Forgets a peer, after a Delete for each of its IKE SAs.
     RemovePeer(PeerId),
-    /// Starts an IKE SA if there is none. `local` is our address towards the peer.
+    /// Starts an IKE SA if there is none. The address is ours towards the peer where the way to it names none.
     Up(PeerId, SocketAddr),
     /// Deletes the peer's IKE SAs, and neither starts nor accepts any until [`Command::Up`].
     Down(PeerId),
@@ -112,6 +112,9 @@ pub enum Event {
     },
     /// A pair of ESP SAs has new outer addresses.
     Moved(ChildSaId, OuterAddresses),
+    /// All addresses of a peer have been tried in vain. The next attempt begins with the first again; what its names
+    /// stand for may be looked up before.
+    Exhausted(PeerId),
     /// Something failed, or was refused.
     Failed(Box<Failure>),
 }

@@ -174,7 +174,7 @@ pub(crate) fn tunnel(local: u8, remote: u8) -> TunnelSpec {
             mode: RoutesMode::Selectors,
             remote: prefixes(remote),
             local: prefixes(local),
-            peer: Some(outer_address(remote, false)),
+            peers: vec![outer_address(remote, false)],
             outer_local: Some(outer_address(local, false)),
             addresses: vec![],
             bypass: vec![],

@@ -168,7 +168,7 @@ pub(super) fn tunnel(number: u16, swapped: bool) -> TunnelSpec {
             mode: RoutesMode::Manual,
             remote: vec![],
             local: vec![],
-            peer: None,
+            peers: Vec::new(),
             outer_local: None,
             addresses: vec![],
             bypass: vec![],

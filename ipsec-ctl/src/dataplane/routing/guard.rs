@@ -161,7 +161,7 @@ mod tests {
             mode,
             remote: nets(remote),
             local: nets(local),
-            peer: None,
+            peers: Vec::new(),
             outer_local: None,
             addresses: Vec::new(),
             bypass: nets(bypass),

@@ -24,8 +24,8 @@ pub struct RoutingSpec {
     pub remote: Vec<IpNet>,
     /// Configured local prefixes, the cover of the local selectors' ranges.
     pub local: Vec<IpNet>,
-    /// The peer's outer address, if it is configured or known by now.
-    pub peer: Option<IpAddr>,
+    /// The peer's outer addresses, as far as they are configured or known by now.
+    pub peers: Vec<IpAddr>,
     /// Our outer address, if it is configured.
     pub outer_local: Option<IpAddr>,
     /// Addresses put onto the device.

@@ -68,8 +68,8 @@ pub fn plan(tunnels: &[Wants<'_>], kernel: &Kernel) -> Plan {
             plan.bypass(*bypass, kernel);
         }
     }
-    for peer in tunnels.iter().filter_map(|tunnel| tunnel.spec.peer) {
-        plan.reach(peer, kernel);
+    for peer in tunnels.iter().flat_map(|tunnel| &tunnel.spec.peers) {
+        plan.reach(*peer, kernel);
     }
     plan
 }
@@ -116,10 +116,10 @@ impl Plan {
             suppress: None,
         };
         // Also asked when the kernel checks the way back to the source of the peer's packets (rp_filter).
-        if let Some(peer) = tunnel.spec.peer.filter(|peer| peer.is_ipv6() == v6) {
+        for peer in tunnel.spec.peers.iter().filter(|peer| peer.is_ipv6() == v6) {
             self.rules.insert(Rule {
                 from: tunnel.spec.outer_local.map(IpNet::from),
-                to: Some(IpNet::from(peer)),
+                to: Some(IpNet::from(*peer)),
                 ..rule(TO_PEER, MAIN)
             });
         }
@@ -225,7 +225,7 @@ mod tests {
             mode: RoutesMode::Selectors,
             remote: nets(remote),
             local: nets(local),
-            peer: Some(peer.parse().unwrap()),
+            peers: vec![peer.parse().unwrap()],
             outer_local: Some("192.0.2.1".parse().unwrap()),
             addresses: Vec::new(),
             bypass: Vec::new(),

@@ -552,11 +552,19 @@ impl Inner {
         let tunnels: Vec<_> = control
             .tunnels
             .values()
-            .map(|configured| (Arc::clone(&configured.tunnel), configured.spec.routing.peer))
+            .map(|configured| {
+                (
+                    Arc::clone(&configured.tunnel),
+                    configured.spec.routing.peers.clone(),
+                )
+            })
             .collect();
         drop(control);
-        for (tunnel, peer) in &tunnels {
-            let recursive = peer.filter(|peer| unreachable.contains(peer));
+        for (tunnel, peers) in &tunnels {
+            let recursive = peers
+                .iter()
+                .copied()
+                .find(|peer| unreachable.contains(peer));
             if tunnel.set_recursive(recursive.is_some())
                 && let Some(remote) = recursive
             {

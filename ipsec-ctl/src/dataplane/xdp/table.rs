@@ -87,8 +87,6 @@ pub struct Settings {
     pub name: String,
     /// Clamps the MSS of TCP SYNs.
     pub clamp_mss: bool,
-    /// The peer's outer address, where it is known without an SA.
-    pub peer: Option<IpAddr>,
     /// Fixed device MTU.
     pub fixed_mtu: Option<u16>,
     df: Df,
@@ -554,7 +552,6 @@ fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
     let settings = Settings {
         name: spec.name.clone(),
         clamp_mss: spec.clamp_mss,
-        peer: spec.routing.peer,
         fixed_mtu: spec.mtu,
         df: spec.df,
         copy_dscp: spec.copy_dscp,

@@ -89,7 +89,7 @@ fn tunnel_spec(local: u8, remote: u8) -> TunnelSpec {
             mode: RoutesMode::Manual,
             remote: vec![],
             local: vec![],
-            peer: None,
+            peers: Vec::new(),
             outer_local: None,
             addresses: vec![],
             bypass: vec![],

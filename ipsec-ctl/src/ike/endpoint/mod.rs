@@ -13,17 +13,17 @@ mod unprotected;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
 pub(super) use handover::{HANDOVER, Origin};
 pub use shared::Refusal;
-pub(super) use shared::{NAT_PORT, Shared, nat_hash};
+pub(super) use shared::{NAT_PORT, Present, Shared, nat_hash};
 
 use self::{cookie::Cookies, index::Index, unprotected::Rate};
 use super::{
-    config::{ChildName, EndpointConfig, PeerId, Role},
+    config::{ChildName, EndpointConfig, PeerId, Role, Unique},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Rekey, Transmit},
     job::{Job, JobResult},
     message::{ExchangeType, IkeSpi, Message},
@@ -103,6 +103,9 @@ impl Endpoint {
             return self.unknown_spi(now, local, remote, &message);
         };
         self.touched.push(id);
+        if header.exchange == ExchangeType::IKE_AUTH && !header.flags.response {
+            self.note_who_is_present(remote.ip());
+        }
         if let Some(sa) = self.sas.get_mut(&id) {
             let peers = if header.flags.initiator {
                 header.spi_i
@@ -118,6 +121,28 @@ impl Endpoint {
             }
         }
         self.settle(now);
+    }
+
+    /// Tells the responder who is up already, where that decides whether another is let in.
+    fn note_who_is_present(&mut self, address: IpAddr) {
+        self.shared.present.clear();
+        let keeps = self
+            .shared
+            .peers_at(address)
+            .any(|peer| peer.unique == Unique::Keep);
+        if !keeps {
+            return;
+        }
+        let up = self.sas.values().filter(|sa| sa.state == State::Up);
+        let present = up.filter_map(|sa| {
+            Some(Present {
+                ike: sa.id,
+                peer: sa.peer?,
+                identity: sa.remote_id.clone()?,
+                address: sa.remote.ip(),
+            })
+        });
+        self.shared.present = present.collect();
     }
 
     /// Takes the result of a job.
@@ -214,8 +239,11 @@ impl Endpoint {
     pub fn handle_command(&mut self, now: Time, command: Command) {
         match command {
             Command::SetPeer(config) => {
-                self.touch(config.id);
-                self.shared.set_peer(*config);
+                let peer = config.id;
+                self.touch(peer);
+                if self.shared.set_peer(*config) && !self.has_ike_sa(peer) {
+                    self.shared.try_now(peer, now);
+                }
             }
             Command::RemovePeer(peer) => {
                 self.delete_all(now, peer, DownReason::Operator);
@@ -302,6 +330,7 @@ impl Endpoint {
         packet: Option<Packet>,
     ) {
         self.touch(peer);
+        self.shared.wake(peer, child);
         // The newest one counts; an older one is about to go.
         let up = self
             .sas
@@ -341,6 +370,12 @@ impl Endpoint {
         }
     }
 
+    /// As if an IKE SA with the peer had been up before, so that nothing is said of a first contact.
+    #[cfg(test)]
+    pub(super) fn has_met(&mut self, peer: PeerId) {
+        self.shared.attempt_succeeded(peer);
+    }
+
     /// Saves every IKE SA and restores it from what was saved.
     #[cfg(test)]
     pub(super) fn save_and_restore(&mut self) {
@@ -350,10 +385,25 @@ impl Endpoint {
         }
     }
 
-    /// Begins an IKE SA with a configured peer, if its address is known.
+    /// Begins an IKE SA with a configured peer, at the address whose turn it is.
     fn start(&mut self, now: Time, peer: PeerId, local: SocketAddr) -> Option<&mut IkeSa> {
+        match self.shared.next_way(peer, local) {
+            Some((local, remote)) => self.start_at(now, peer, local, remote),
+            None => {
+                self.shared.try_again(peer, now, true);
+                None
+            }
+        }
+    }
+
+    fn start_at(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        local: SocketAddr,
+        remote: IpAddr,
+    ) -> Option<&mut IkeSa> {
         let config = self.shared.peer(peer).cloned()?;
-        let remote = config.remote?;
         let start = Start {
             id: self.shared.next_ike(),
             local,
@@ -415,6 +465,12 @@ impl Endpoint {
                         from.deleted_as_redundant(&mut self.shared, now);
                     }
                 }
+                FollowUp::Doubt(ike) => {
+                    self.touched.push(ike);
+                    if let Some(sa) = self.sas.get_mut(&ike) {
+                        sa.ask_if_alive(&mut self.shared, now);
+                    }
+                }
             }
         }
         for id in std::mem::take(&mut self.touched) {
@@ -445,7 +501,8 @@ impl Endpoint {
         self.sas.insert(from, giver);
     }
 
-    /// One IKE SA for each peer: the new one takes the place of the others.
+    /// One IKE SA for each identity of a peer, unless the configuration wants it otherwise: the new one takes the place of
+    /// the others.
     // RFC 7296 section 2.4: INITIAL_CONTACT says that the peer knows of no other, so those end without a word.
     fn authenticated(&mut self, now: Time, ike: IkeSaId, peer: PeerId, initial_contact: bool) {
         self.shared.attempt_succeeded(peer);
@@ -454,9 +511,15 @@ impl Endpoint {
             return;
         };
         let (ours, nonce) = (newest.initiator, newest.lowest_nonce().to_vec());
+        let identity = newest.remote_id.clone();
+        let unique = self.shared.unique(peer);
         let mut yields = false;
         for other in self.sas.values_mut() {
             if other.id == ike || other.peer != Some(peer) || other.state != State::Up {
+                continue;
+            }
+            // Several may be somebody's wish; but one that we have started is always to take another's place.
+            if unique == Unique::Never && !ours || other.remote_id != identity {
                 continue;
             }
             if initial_contact {
@@ -515,13 +578,19 @@ impl Endpoint {
     /// Begins a fresh IKE SA beside one that is near its end.
     fn replace(&mut self, now: Time, peer: PeerId) {
         let under_way = self.is_connecting(peer);
-        let local = self
+        let callable = self
+            .shared
+            .peer(peer)
+            .is_some_and(|config| !config.remote.ways().is_empty());
+        let ends = self
             .sas
             .values()
             .find(|sa| sa.peer == Some(peer) && sa.state == State::Up)
-            .map(|sa| SocketAddr::new(sa.local.ip(), self.shared.config.ike_port));
-        if let (Some(local), false) = (local, under_way) {
-            self.start(now, peer, local);
+            .map(|sa| (sa.local.ip(), sa.remote.ip()));
+        if let (Some((local, remote)), false, true) = (ends, under_way, callable) {
+            let local = SocketAddr::new(local, self.shared.config.ike_port);
+            let local = self.shared.local_towards(peer, remote, local);
+            self.start_at(now, peer, local, remote);
         }
     }
 }

@@ -8,7 +8,10 @@ use std::{
 
 use super::shared::Shared;
 use crate::ike::{
-    config::{ChildName, NatPolicy, PeerConfig, PeerId, Role},
+    config::{
+        ChildConfig, ChildName, NatPolicy, OnDead, PeerConfig, PeerId, Remote, Role, Unique, Way,
+    },
+    event::Event,
     time::Time,
 };
 
@@ -24,9 +27,22 @@ struct Peer {
     /// The operator took it down: what it starts is refused until it is wanted up again.
     held: bool,
     failures: u32,
+    /// Which of its addresses the next attempt goes to.
+    next_way: usize,
+    /// Our address towards the peer while its addresses are tried one after the other.
+    trying: Option<SocketAddr>,
     again_at: Option<Time>,
     /// Whether an IKE SA with it has been up before.
     met: bool,
+    /// Children that wait for traffic or for the peer since the peer was found dead.
+    dormant: BTreeSet<ChildName>,
+}
+
+impl Peer {
+    /// Whether all its children wait for traffic or for the peer.
+    fn sleeps(&self) -> bool {
+        !self.dormant.is_empty() && self.dormant.len() >= self.config.children.len()
+    }
 }
 
 /// All peers.
@@ -49,41 +65,100 @@ impl Peers {
         }
     }
 
-    fn leave_address(&mut self, id: PeerId) {
-        let address = self.by_id.get(&id).map(|peer| peer.config.remote);
-        if let Some(same) = address.and_then(|address| self.at.get_mut(&address)) {
-            same.remove(&id);
+    fn leave_addresses(&mut self, id: PeerId) {
+        let Some(peer) = self.by_id.get(&id) else {
+            return;
+        };
+        for place in places(&peer.config.remote) {
+            if let Some(same) = self.at.get_mut(&place) {
+                same.remove(&id);
+                if same.is_empty() {
+                    self.at.remove(&place);
+                }
+            }
         }
-        self.at.retain(|_, same| !same.is_empty());
+    }
+}
+
+/// The keys of [`Peers::at`] under which a peer is found.
+fn places(remote: &Remote) -> Vec<Option<IpAddr>> {
+    if remote.ways().is_empty() {
+        vec![None]
+    } else {
+        remote.addresses().map(Some).collect()
     }
 }
 
 impl Shared {
-    pub(super) fn set_peer(&mut self, config: PeerConfig) {
-        let (id, address) = (config.id, config.remote);
-        if self.peer(id).is_some_and(|known| known.remote != address) {
-            self.peers.leave_address(id);
+    /// Notes a peer; tells whether its addresses are others than before.
+    pub(super) fn set_peer(&mut self, config: PeerConfig) -> bool {
+        let id = config.id;
+        let before = self.peer(id).map(|known| places(&known.remote));
+        let moved = before.is_some_and(|before| before != places(&config.remote));
+        if moved {
+            self.peers.leave_addresses(id);
         }
-        self.peers.at.entry(address).or_default().insert(id);
+        for place in places(&config.remote) {
+            self.peers.at.entry(place).or_default().insert(id);
+        }
         match self.peers.by_id.get_mut(&id) {
-            Some(peer) => peer.config = config,
+            Some(peer) => {
+                peer.config = config;
+                if moved {
+                    peer.next_way = 0;
+                }
+            }
             None => {
                 let peer = Peer {
                     config,
                     wanted: None,
                     held: false,
                     failures: 0,
+                    next_way: 0,
+                    trying: None,
                     again_at: None,
                     met: false,
+                    dormant: BTreeSet::new(),
                 };
                 self.peers.by_id.insert(id, peer);
             }
         }
+        moved
+    }
+
+    /// The way that the next attempt with a peer takes, and our address and port on it.
+    pub(super) fn next_way(
+        &mut self,
+        id: PeerId,
+        local: SocketAddr,
+    ) -> Option<(SocketAddr, IpAddr)> {
+        let peer = self.peers.by_id.get_mut(&id)?;
+        peer.trying = Some(local);
+        let Way {
+            remote,
+            local: ours,
+        } = peer.config.remote.ways().get(peer.next_way).copied()?;
+        let ours = ours.unwrap_or(local.ip());
+        (ours.is_ipv4() == remote.is_ipv4())
+            .then_some((SocketAddr::new(ours, local.port()), remote))
+    }
+
+    /// Our address and port towards an address of a peer; what is known of it, or else what the caller has.
+    pub(super) fn local_towards(
+        &self,
+        id: PeerId,
+        remote: IpAddr,
+        local: SocketAddr,
+    ) -> SocketAddr {
+        let ways = self.peer(id).map_or(&[][..], |peer| peer.remote.ways());
+        let known = ways.iter().find(|way| way.remote == remote);
+        let ours = known.and_then(|way| way.local).unwrap_or(local.ip());
+        SocketAddr::new(ours, local.port())
     }
 
     pub(super) fn remove_peer(&mut self, peer: PeerId) {
         self.peers.plan(peer, None);
-        self.peers.leave_address(peer);
+        self.peers.leave_addresses(peer);
         self.peers.by_id.remove(&peer);
     }
 
@@ -133,8 +208,45 @@ impl Shared {
         self.peers.plan(peer, None);
         if let Some(peer) = self.peers.by_id.get_mut(&peer) {
             peer.wanted = local;
+            peer.dormant.clear();
             peer.failures = 0;
+            peer.next_way = 0;
+            peer.trying = None;
         }
+    }
+
+    /// The peer is dead: some of its children are not started again by us, and if none is, neither is the tunnel.
+    pub(in crate::ike) fn peer_died(&mut self, id: PeerId) {
+        let Some(peer) = self.peers.by_id.get_mut(&id) else {
+            return;
+        };
+        let waits = |child: &&ChildConfig| child.on_dead != OnDead::Restart;
+        peer.dormant = peer
+            .config
+            .children
+            .iter()
+            .filter(waits)
+            .map(|child| child.id)
+            .collect();
+    }
+
+    /// Whether a child waits for traffic or for the peer.
+    pub(in crate::ike) fn is_dormant(&self, peer: PeerId, child: ChildName) -> bool {
+        self.peers
+            .by_id
+            .get(&peer)
+            .is_some_and(|peer| peer.dormant.contains(&child))
+    }
+
+    /// Traffic, or the peer, has asked for a child.
+    pub(in crate::ike) fn wake(&mut self, peer: PeerId, child: ChildName) {
+        if let Some(peer) = self.peers.by_id.get_mut(&peer) {
+            peer.dormant.remove(&child);
+        }
+    }
+
+    pub(super) fn unique(&self, peer: PeerId) -> Unique {
+        self.peer(peer).map_or(Unique::Replace, |peer| peer.unique)
     }
 
     /// Holds a peer down, so that it cannot bring itself up either, or lets go.
@@ -154,13 +266,14 @@ impl Shared {
         self.peers
             .by_id
             .get(&peer)
-            .is_some_and(|peer| peer.wanted.is_some())
+            .is_some_and(|peer| peer.wanted.is_some() && !peer.sleeps())
     }
 
     pub(super) fn want_nothing(&mut self) {
         self.peers.attempts.clear();
         for peer in self.peers.by_id.values_mut() {
             peer.wanted = None;
+            peer.trying = None;
             peer.again_at = None;
         }
     }
@@ -169,6 +282,8 @@ impl Shared {
         self.peers.plan(peer, None);
         if let Some(peer) = self.peers.by_id.get_mut(&peer) {
             peer.failures = 0;
+            peer.next_way = 0;
+            peer.trying = None;
             peer.met = true;
         }
     }
@@ -186,8 +301,18 @@ impl Shared {
         pause + self.jitter(pause)
     }
 
-    /// Plans the next attempt of a peer that is wanted up.
+    /// Plans the next attempt of a peer that is wanted up: after one that failed at once with the next address, and
+    /// after the last address with a pause.
     pub(super) fn try_again(&mut self, id: PeerId, now: Time, failed: bool) {
+        if let (true, Some(peer)) = (failed, self.peers.by_id.get_mut(&id)) {
+            peer.next_way += 1;
+            if peer.trying.is_some() && peer.next_way < peer.config.remote.ways().len() {
+                return self.peers.plan(id, Some(now));
+            }
+            peer.next_way = 0;
+            peer.trying = None;
+            self.events.push_back(Event::Exhausted(id));
+        }
         let pause = self.back_off(id);
         if failed && let Some(peer) = self.peers.by_id.get_mut(&id) {
             peer.failures = peer.failures.saturating_add(1);
@@ -206,6 +331,13 @@ impl Shared {
             .is_some_and(|at| at > now)
     }
 
+    /// Has a peer that is wanted up tried at once.
+    pub(super) fn try_now(&mut self, peer: PeerId, now: Time) {
+        if self.wants(peer) {
+            self.peers.plan(peer, Some(now));
+        }
+    }
+
     pub(super) fn next_attempt(&self) -> Option<Time> {
         self.peers.attempts.first().map(|(at, _)| *at)
     }
@@ -217,7 +349,10 @@ impl Shared {
             && at <= now
         {
             self.peers.plan(id, None);
-            let wanted = self.peers.by_id.get(&id).and_then(|peer| peer.wanted);
+            let peer = self.peers.by_id.get(&id);
+            let wanted = peer
+                .filter(|peer| !peer.sleeps())
+                .and_then(|peer| peer.wanted.or(peer.trying));
             due.extend(wanted.map(|local| (id, local)));
         }
         due

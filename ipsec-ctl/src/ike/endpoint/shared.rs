@@ -13,6 +13,7 @@ use super::{
     peers::Peers,
 };
 use crate::ike::{
+    Identity,
     config::{EndpointConfig, PeerId},
     event::{
         ChildSaId, ChildUp, DownReason, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp,
@@ -66,6 +67,14 @@ pub enum Refusal {
     NoProposal,
 }
 
+/// An IKE SA that is up: whose it is, and where.
+pub(in crate::ike) struct Present {
+    pub(in crate::ike) ike: IkeSaId,
+    pub(in crate::ike) peer: PeerId,
+    pub(in crate::ike) identity: Identity,
+    pub(in crate::ike) address: IpAddr,
+}
+
 /// What all IKE SAs share.
 pub(in crate::ike) struct Shared {
     pub(in crate::ike) config: EndpointConfig,
@@ -75,6 +84,8 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) jobs: VecDeque<Job>,
     pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
     pub(super) peers: Peers,
+    /// Those who are up with peers that take no second one, while an IKE_AUTH request is dealt with.
+    pub(in crate::ike) present: Vec<Present>,
     spis: BTreeSet<u32>,
     ike_spis: BTreeSet<IkeSpi>,
     handover: Handover,
@@ -94,6 +105,7 @@ impl Shared {
             jobs: VecDeque::new(),
             follow_ups: VecDeque::new(),
             peers: Peers::default(),
+            present: Vec::new(),
             spis: BTreeSet::new(),
             ike_spis: BTreeSet::new(),
             handover: Handover::default(),
@@ -204,6 +216,7 @@ impl Shared {
         line: ChildSaId,
         origin: Origin,
     ) {
+        self.wake(up.peer, up.child);
         let (sa, at_once) = (up.sa, self.handover.installed(now, &up, line, origin));
         self.events.push_back(Event::ChildUp(Box::new(up)));
         if at_once {

@@ -10,7 +10,10 @@ use zeroize::Zeroizing;
 
 use crate::ike::{
     Endpoint, Identity,
-    config::{ChildConfig, ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
+    config::{
+        ChildConfig, ChildName, DpdMode, EndpointConfig, NatPolicy, OnDead, PeerConfig, PeerId,
+        Role, Unique,
+    },
     crypto::{
         Group, IkeSuite,
         auth::{self, Signed},
@@ -73,7 +76,7 @@ pub fn peer(role: Role) -> PeerConfig {
     PeerConfig {
         id: PeerId(1),
         name: "peer".to_owned(),
-        remote: Some(THEIRS.ip()),
+        remote: THEIRS.ip().into(),
         local: None,
         local_id: None,
         remote_id: None,
@@ -85,7 +88,9 @@ pub fn peer(role: Role) -> PeerConfig {
         childless: false,
         reauth: false,
         keepalive: Duration::from_secs(20),
+        dpd_mode: DpdMode::OnDemand,
         dpd_interval: Duration::from_secs(10),
+        unique: Unique::Replace,
         dpd_timeout: Duration::from_secs(60),
         lifetime: Duration::from_secs(3600),
         children: vec![ChildConfig {
@@ -95,6 +100,7 @@ pub fn peer(role: Role) -> PeerConfig {
             remote: vec![any()],
             proposals: vec!["aes256gcm16".parse().expect("a proposal")],
             lifetime: Duration::from_secs(600),
+            on_dead: OnDead::Restart,
         }],
     }
 }

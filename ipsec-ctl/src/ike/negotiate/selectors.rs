@@ -224,6 +224,7 @@ mod tests {
             local: vec![selector("10.1.0.0-10.1.0.255")],
             remote: vec![selector(remote)],
             proposals: Vec::new(),
+            on_dead: crate::ike::config::OnDead::Restart,
             lifetime: std::time::Duration::ZERO,
         };
         let children = [

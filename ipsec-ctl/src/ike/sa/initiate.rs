@@ -405,9 +405,9 @@ impl IkeSa {
                 id: &id_body,
             },
         );
-        let first = peer
-            .children
-            .first()
+        let mut children = peer.children.iter();
+        let first = children
+            .find(|child| !shared.is_dormant(peer.id, child.id))
             .filter(|_| !(peer.childless && self.peer_takes_childless))
             .map(|child| {
                 let (local, remote) = (child.local.clone(), child.remote.clone());
@@ -514,12 +514,16 @@ impl IkeSa {
                     .collect::<Vec<_>>()
             })
             .unwrap_or_default();
-        self.tasks.extend(
-            others
-                .into_iter()
-                .filter(|id| Some(*id) != first)
-                .map(Task::Child),
-        );
+        for id in others {
+            if Some(id) != first && !self.is_dormant(shared, id) {
+                self.tasks.push_back(Task::Child(id));
+            }
+        }
+    }
+
+    /// Whether a child waits for traffic or for the peer since the peer was dead.
+    pub(super) fn is_dormant(&self, shared: &Shared, child: crate::ike::config::ChildName) -> bool {
+        self.peer.is_some_and(|peer| shared.is_dormant(peer, child))
     }
 
     fn our_identity(&self) -> String {

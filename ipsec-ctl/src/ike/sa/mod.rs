@@ -184,6 +184,8 @@ pub(super) enum FollowUp {
         /// The one that both were to replace, and that ours still is.
         to: IkeSaId,
     },
+    /// Another claims its identity: does its peer still live?
+    Doubt(IkeSaId),
 }
 
 /// How an IKE SA ended.
@@ -226,7 +228,7 @@ pub(super) struct IkeSa {
     pub(super) init_request: Vec<u8>,
     pub(super) init_response: Vec<u8>,
     local_id: Option<Identity>,
-    remote_id: Option<Identity>,
+    pub(super) remote_id: Option<Identity>,
     next_request: u32,
     expected_request: u32,
     outstanding: Option<Outstanding>,

@@ -3,20 +3,20 @@
 use std::{net::SocketAddr, time::Duration};
 
 use super::{
-    Closed, IkeSa, State,
+    Closed, FollowUp, IkeSa, State,
     child::PendingChild,
     initiate::{NONCE_BYTES, check_psk, fragmentation_supported, id_body, nat_notifies},
     sync::sync_supported,
 };
 use crate::ike::{
     Identity,
-    config::{NatPolicy, PeerConfig},
+    config::{NatPolicy, PeerConfig, Remote, Unique},
     crypto::{
         IkeSuite,
         auth::{self, Signed},
         ke::PrivateKey,
     },
-    endpoint::{Shared, nat_hash},
+    endpoint::{Present, Shared, nat_hash},
     event::{DownReason, FailureReason, IkeSaId, Stage},
     exchange::{AuthRequest, InitRequest},
     job::JobResult,
@@ -48,6 +48,17 @@ pub(in crate::ike) struct Accept<'a> {
     pub(in crate::ike) nat: NatPolicy,
     pub(in crate::ike) bytes: &'a [u8],
     pub(in crate::ike) request: &'a InitRequest<'a>,
+}
+
+/// Whether an identity is one that a configured peer may have.
+fn is_expected(peer: &PeerConfig, identity: &Identity) -> bool {
+    match (&peer.remote_id, &peer.remote) {
+        (Some(expected), _) => expected == identity,
+        (None, Remote::Anywhere) => true,
+        (None, Remote::At(ways)) => ways
+            .iter()
+            .any(|way| Identity::from(way.remote) == *identity),
+    }
 }
 
 impl IkeSa {
@@ -144,7 +155,10 @@ impl IkeSa {
             .id_r
             .as_ref()
             .map(|id| Identity::from_wire(id.kind, id.data));
-        let peer = match self.authenticate(shared, &identity, wanted.as_ref(), request) {
+        let peer = match self
+            .authenticate(shared, &identity, wanted.as_ref(), request)
+            .and_then(|peer| self.is_unique(shared, peer, &identity, request))
+        {
             Ok(peer) => peer,
             Err((reason, detail)) => {
                 self.fail(shared, Stage::Auth, reason, detail);
@@ -192,11 +206,7 @@ impl IkeSa {
         let known: Vec<&PeerConfig> = shared
             .peers_at(self.remote.ip())
             .filter(|peer| {
-                let expected = peer
-                    .remote_id
-                    .clone()
-                    .or_else(|| peer.remote.map(Identity::from));
-                expected.is_none_or(|expected| expected == *identity)
+                is_expected(peer, identity)
                     && wanted.is_none_or(|wanted| {
                         *wanted
                             == peer
@@ -235,6 +245,32 @@ impl IkeSa {
                 ),
             ),
         })
+    }
+
+    /// Refuses an identity that is up from elsewhere already, where the configuration keeps the one that came first.
+    // RFC 7296 section 2.4: INITIAL_CONTACT says that the one that came first is gone.
+    fn is_unique(
+        &self,
+        shared: &mut Shared,
+        peer: PeerConfig,
+        identity: &Identity,
+        request: &AuthRequest<'_>,
+    ) -> Result<PeerConfig, (FailureReason, String)> {
+        if peer.unique != Unique::Keep || request.notifies.has(NotifyType::INITIAL_CONTACT) {
+            return Ok(peer);
+        }
+        let other = shared.present.iter().find(|other| {
+            other.peer == peer.id
+                && other.identity == *identity
+                && other.address != self.remote.ip()
+        });
+        let Some(Present { ike, address, .. }) = other else {
+            return Ok(peer);
+        };
+        let detail = format!("{identity} is up from {address} already, and unique = \"keep\"");
+        let ike = *ike;
+        shared.follow_ups.push_back(FollowUp::Doubt(ike));
+        Err((FailureReason::WeRefusedAuth, detail))
     }
 
     fn answer_auth(

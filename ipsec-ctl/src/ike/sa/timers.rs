@@ -7,6 +7,7 @@ use super::{
     rekey::{Lifetime, Standing, Succession},
 };
 use crate::ike::{
+    config::DpdMode,
     endpoint::Shared,
     event::{ChildSaId, DownReason, FailureReason, Stage},
     time::Time,
@@ -46,6 +47,7 @@ impl IkeSa {
             self.retirement().map(|(at, _)| at),
             self.children_at.filter(|_| up),
             self.keep_alive_at(shared),
+            self.liveness_at(shared),
         ]
         .into_iter()
         .flatten()
@@ -57,6 +59,23 @@ impl IkeSa {
         let interval = self.peer_config(shared)?.keepalive;
         (self.nat.local && self.state == State::Up && !interval.is_zero())
             .then(|| self.sent + interval)
+    }
+
+    /// When a peer that is silent is asked whether it lives, though we do not send to it.
+    fn liveness_at(&self, shared: &Shared) -> Option<Time> {
+        let peer = self.peer_config(shared)?;
+        let asks = peer.dpd_mode == DpdMode::Periodic
+            && self.state == State::Up
+            && self.outstanding.is_none()
+            && self.asking.is_none();
+        asks.then(|| self.heard + peer.dpd_interval)
+    }
+
+    /// Asks the peer whether it lives, unless a request that is under way tells that anyway.
+    pub(in crate::ike) fn ask_if_alive(&mut self, shared: &mut Shared, now: Time) {
+        if self.state == State::Up && self.outstanding.is_none() {
+            self.push_task(shared, now, Task::Liveness);
+        }
     }
 
     pub(in crate::ike) fn handle_timeout(&mut self, shared: &mut Shared, now: Time) {
@@ -85,6 +104,9 @@ impl IkeSa {
         }
         if self.keep_alive_at(shared).is_some_and(|at| at <= now) {
             self.transmit(shared, now, KEEP_ALIVE.to_vec());
+        }
+        if self.liveness_at(shared).is_some_and(|at| at <= now) {
+            self.ask_if_alive(shared, now);
         }
     }
 
@@ -216,6 +238,9 @@ impl IkeSa {
         if !negotiates && waited >= patience {
             if self.state == State::Deleting {
                 return self.deleted(shared);
+            }
+            if let Some(peer) = self.peer {
+                shared.peer_died(peer);
             }
             return self.close(shared, DownReason::Dead, Closed::Lost);
         }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::ike::{
     Identity,
-    config::{EndpointConfig, NatPolicy, Role},
+    config::{EndpointConfig, NatPolicy, Remote, Role},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -304,7 +304,7 @@ fn a_nat_in_front_of_the_initiator_moves_everything_to_port_4500() {
         shift: 1000,
     });
     let mut config = peer(A, Role::Respond);
-    config.remote = None;
+    config.remote = Remote::Anywhere;
     config.remote_id = Some(Identity::from(A));
     pair.tell_b(Command::SetPeer(Box::new(config)));
     pair.up_a();

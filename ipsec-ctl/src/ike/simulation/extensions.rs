@@ -102,7 +102,7 @@ fn a_peer_that_may_be_anywhere_may_also_be_where_another_is_expected() {
     };
     let anywhere = PeerConfig {
         id: ROAD,
-        remote: None,
+        remote: crate::ike::config::Remote::Anywhere,
         remote_id: name("road.example"),
         psk: secret(),
         proposals: a.proposals.clone(),

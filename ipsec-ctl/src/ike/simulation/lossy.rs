@@ -8,7 +8,7 @@ use super::{
     upkeep::with_children,
 };
 use crate::ike::{
-    config::Role,
+    config::{Remote, Role},
     event::{Command, FailureReason},
 };
 
@@ -265,7 +265,7 @@ fn a_nat_that_forgets_is_followed_on_any_network() {
         set(&mut pair, 1, |_| {});
         let mut config = peer(A, Role::Respond);
         config.children = with_children(A, Role::Respond, 1).children;
-        config.remote = None;
+        config.remote = Remote::Anywhere;
         config.remote_id = Some(A.into());
         pair.tell_b(Command::SetPeer(Box::new(config)));
         let outside = "203.0.113.50".parse().unwrap();

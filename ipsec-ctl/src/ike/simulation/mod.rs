@@ -10,6 +10,7 @@ mod lossy;
 mod many;
 mod network;
 mod pair;
+mod peers;
 mod rekey;
 mod search;
 mod upkeep;

@@ -12,7 +12,10 @@ use zeroize::Zeroizing;
 use super::network::{Conditions, Network, Seeded};
 use crate::ike::{
     Endpoint,
-    config::{ChildConfig, ChildName, EndpointConfig, NatPolicy, PeerConfig, PeerId, Role},
+    config::{
+        ChildConfig, ChildName, DpdMode, EndpointConfig, NatPolicy, OnDead, PeerConfig, PeerId,
+        Role, Unique,
+    },
     event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure},
     job::JobResult,
     time::Time,
@@ -40,6 +43,8 @@ pub(super) struct Side {
     pub(super) ike_rekeys: usize,
     /// Nothing that it sends arrives.
     pub(super) mute: bool,
+    /// Rounds of attempts in vain.
+    pub(super) exhausted: usize,
     jobs: Vec<(Time, JobResult)>,
 }
 
@@ -50,6 +55,8 @@ pub(super) struct Pair {
     pub(super) b: Side,
     /// Drops everything that is sent to it.
     pub(super) dead: Option<IpAddr>,
+    /// Another address of B.
+    pub(super) second_of_b: Option<IpAddr>,
 }
 
 /// Settings of an endpoint.
@@ -79,6 +86,7 @@ pub(super) fn child(id: u32, local: &[&str], remote: &[&str], esp: &str) -> Chil
         local: local.iter().map(|text| selector(text)).collect(),
         remote: remote.iter().map(|text| selector(text)).collect(),
         proposals: vec![esp.parse().unwrap()],
+        on_dead: OnDead::Restart,
         lifetime: Duration::from_secs(3600),
     }
 }
@@ -103,7 +111,7 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
     PeerConfig {
         id: PEER,
         name: "peer".to_owned(),
-        remote: Some(remote),
+        remote: remote.into(),
         local: None,
         local_id: None,
         remote_id: None,
@@ -114,8 +122,10 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
         fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
         childless: false,
+        dpd_mode: DpdMode::OnDemand,
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),
+        unique: Unique::Replace,
         lifetime: Duration::from_secs(86_400),
         reauth: false,
         children: vec![child(0, &[ours], &[theirs], "aes256gcm16")],
@@ -136,6 +146,7 @@ impl Side {
             ike_ups: 0,
             ike_rekeys: 0,
             mute: false,
+            exhausted: 0,
             jobs: Vec::new(),
         }
     }
@@ -179,6 +190,7 @@ impl Side {
                 Event::Moved(sa, outer) => {
                     self.installed.get_mut(&sa).expect("an installed SA").outer = outer;
                 }
+                Event::Exhausted(_) => self.exhausted += 1,
                 Event::Failed(failure) => self.failures.push(*failure),
             }
         }
@@ -297,6 +309,7 @@ impl Pair {
             a: Side::new(A, Seeded::new(seed, 1), a),
             b: Side::new(B, Seeded::new(seed, 2), b),
             dead: None,
+            second_of_b: None,
         }
     }
 
@@ -376,8 +389,10 @@ impl Pair {
         if self.dead == Some(flight.destination.ip()) || flight.bytes == [0xff] {
             return;
         }
+        let to = flight.destination.ip();
         for side in [&mut self.a, &mut self.b] {
-            if side.address == flight.destination.ip() {
+            let second = self.second_of_b.filter(|_| side.address == B);
+            if side.address == to || second == Some(to) {
                 side.endpoint.handle_datagram(
                     self.now,
                     flight.destination,

@@ -12,7 +12,7 @@ use super::{
     pair::{A, B, PEER, Pair, Side, acquire, child, peer},
 };
 use crate::ike::{
-    config::{PeerConfig, Role},
+    config::{PeerConfig, Remote, Role},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -115,7 +115,7 @@ fn a_child_that_the_peer_takes_away_is_brought_back() {
     let mut pair = pair_of(2);
     let mut anywhere = with_children(A, Role::Respond, 2);
     anywhere.remote_id = Some(A.into());
-    anywhere.remote = None;
+    anywhere.remote = Remote::Anywhere;
     pair.tell_b(Command::SetPeer(Box::new(anywhere)));
     pair.up_a();
     pair.run(Duration::from_secs(3));

@@ -228,7 +228,8 @@ impl Inner {
             .children
             .iter()
             .filter_map(|child| {
-                let peer = tunnel.spec.routing.peer;
+                // A trap needs some address; the SAs that it leads to have their own.
+                let peer = tunnel.spec.routing.peers.first().copied();
                 Some(ChildPlan {
                     number: child.id.0,
                     reqid: tunnel.reqid(child.id)?,

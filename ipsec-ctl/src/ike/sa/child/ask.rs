@@ -301,7 +301,7 @@ impl IkeSa {
             .map(|peer| peer.children.iter().map(|child| child.id).collect())
             .unwrap_or_default();
         for child in missing {
-            if !self.is_busy_with(child) {
+            if !self.is_dormant(shared, child) && !self.is_busy_with(child) {
                 self.push_task(shared, now, Task::Child(child));
             }
         }

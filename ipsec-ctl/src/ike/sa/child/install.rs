@@ -5,6 +5,7 @@ use ipsec_common::Spi;
 use super::{Agreed, ChildJob, ChildSa};
 use crate::ike::{
     config::ChildName,
+    config::DpdMode,
     crypto::{
         ChildSuite,
         keys::{ChildKeys, Nonces},
@@ -234,18 +235,12 @@ impl IkeSa {
         }
         child.inbound = inbound;
         child.outbound = outbound;
-        let interval = self
-            .peer_config(shared)
-            .map(|peer| peer.dpd_interval)
-            .unwrap_or_default();
         // RFC 7296 section 2.4: liveness is of interest only while there is traffic to lose.
-        if sends
-            && self.state == State::Up
-            && !interval.is_zero()
-            && now - self.heard >= interval
-            && self.outstanding.is_none()
+        if let (true, Some(peer)) = (sends, self.peer_config(shared))
+            && peer.dpd_mode != DpdMode::Off
+            && now - self.heard >= peer.dpd_interval
         {
-            self.push_task(shared, now, Task::Liveness);
+            self.ask_if_alive(shared, now);
         }
     }
 
