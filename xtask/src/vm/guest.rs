@@ -70,6 +70,7 @@ impl Guest {
             .arg(format!("init={folder}/init"))
             .arg(format!("CONTROL={folder}"))
             .arg(format!("KERNEL={}", self.kernel.folder.display()))
+            .arg(format!("CHECKOUT={}", workspace().display()))
             .arg(format!("uml_dir={folder}/"))
             // Its serial line is the output. It is the descriptor 0, for 1 and 2 get the kernel's own words.
             .args(["con=null", "con0=null,fd:1", "ssl=null", "ssl0=null,fd:0"])

@@ -16,6 +16,11 @@ mount -t hostfs -o "$CONTROL" control /mnt/control
 mount -t hostfs -o "ro,$KERNEL" kernel /mnt/kernel
 for folder in /tmp /run /var/tmp; do mount -t tmpfs -o mode=1777 new $folder; done
 mkdir -p /run/netns /run/lock
+# A checkout under /tmp would be hidden by what was just mounted there.
+if ! [ -e "$CHECKOUT/Cargo.toml" ]; then
+    mkdir -p "$CHECKOUT"
+    mount -t hostfs -o "ro,$CHECKOUT" checkout "$CHECKOUT"
+fi
 if [ -d /mnt/kernel/lib/modules ]; then
     printf '#!/bin/sh\nexec /sbin/modprobe --dirname /mnt/kernel "$@"\n' >/run/modprobe
     chmod 755 /run/modprobe
