@@ -183,7 +183,7 @@ impl StrongSwan {
     pub fn start_with_kernel_esp(netns: &Netns) -> anyhow::Result<Self> {
         let release = Release::installed();
         let folder = release.folder("ipx-swan-")?;
-        let settings = settings(&release.seen(folder.path()), &[]).replace(USERSPACE_ESP, "");
+        let settings = settings(&release.seen(folder.path()), &[]).replacen(USERSPACE_ESP, "", 1);
         fs::write(folder.path().join("strongswan.conf"), settings)?;
         Self::start_in(release, netns, folder)
     }
