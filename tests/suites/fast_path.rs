@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         [] bulk_traffic_takes_the_fast_path,
         [] nothing_is_lost_at_a_moderate_rate_for_ten_seconds,
         [] long nothing_is_lost_at_a_moderate_rate_for_a_minute,
+        [] the_beds_of_the_benchmarks_carry_packets,
         [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
         [] a_host_that_is_replaced_is_found_again,
@@ -119,6 +120,10 @@ fn steady(time: Duration) -> anyhow::Result<()> {
     there.finish()?.is_perfect().context("from A to B")?;
     back.finish()?.is_perfect().context("from B to A")?;
     capture.stop().is_clean()
+}
+
+fn the_beds_of_the_benchmarks_carry_packets() -> anyhow::Result<()> {
+    ipsec_tests::bench::smoke()
 }
 
 fn a_tunnel_without_fast_path_says_so_and_carries_traffic() -> anyhow::Result<()> {
