@@ -12,7 +12,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader, Pod, TestRun, TestRunAttrs, TestRunOptions, include_bytes_aligned,
+    Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, XskMap},
     programs::{
         ProgramError as AyaError, Xdp, XdpMode,
@@ -406,30 +406,6 @@ impl Program {
         self.counters
             .get(&(reason as u32), 0)
             .map_or(0, |values| values.iter().sum())
-    }
-
-    /// Runs the program on copies of a frame, as if they had arrived on queue 0 of an interface, and lets its verdicts
-    /// happen: for benchmarks, more packets a second than any socket sends.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refused.
-    pub fn flood(&mut self, ifindex: u32, frame: &[u8], copies: u32) -> Result<(), ProgramError> {
-        let length = u32::try_from(frame.len()).map_err(refused("flood the program"))?;
-        // struct xdp_md of linux/bpf.h: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context = [0, length, 0, ifindex, 0, 0].map(u32::to_ne_bytes).concat();
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            ctx_in: Some(&context),
-            repeat: copies,
-            // Since Linux 5.18.
-            attrs: TestRunAttrs::new().xdp_live_frames(64),
-            ..TestRunOptions::default()
-        };
-        xdp(&mut self.ebpf)?
-            .test_run(options)
-            .map_err(refused("flood the program"))
-            .map(|_answer| ())
     }
 
     fn pin(&self, ifindex: u32, mode: AttachMode) -> PathBuf {
