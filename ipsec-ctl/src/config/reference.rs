@@ -432,7 +432,7 @@ Algorithms joined by hyphens. Several of a kind are alternatives, the preferred 
 | cipher | `aes128gcm16` `aes256gcm16` `chacha20poly1305` `aes128` `aes192` `aes256` |
 | integrity, with `aes128` to `aes256` only | `sha256` `sha384` `sha512` |
 | PRF, IKE only; that of the integrity algorithm if not given | `prfsha256` `prfsha384` `prfsha512` |
-| group; in ESP proposals for PFS | `x25519` `ecp256` `ecp384` `ecp521` `modp2048` `modp3072` `modp4096` |
+| group; in ESP proposals for PFS | `x25519` `ecp256` `ecp384` `ecp521` `modp2048` `modp3072` `modp4096` `modp6144` `modp8192` |
 | sequence numbers, ESP only; `noesn` if not given | `esn` `noesn` |
 
 `aes256-sha512-ecp521` and `aes256gcm16-prfsha384-x25519` are IKE proposals, `aes256-sha512` and

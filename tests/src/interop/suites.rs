@@ -11,8 +11,9 @@ use crate::{
 const AEAD: [&str; 3] = ["aes128gcm16", "aes256gcm16", "chacha20poly1305"];
 const CBC: [&str; 3] = ["aes128", "aes192", "aes256"];
 const HASHES: [&str; 3] = ["sha256", "sha384", "sha512"];
-const GROUPS: [&str; 7] = [
-    "x25519", "ecp256", "ecp384", "ecp521", "modp2048", "modp3072", "modp4096",
+const GROUPS: [&str; 9] = [
+    "x25519", "ecp256", "ecp384", "ecp521", "modp2048", "modp3072", "modp4096", "modp6144",
+    "modp8192",
 ];
 
 /// IKE and ESP proposals that cover every cipher with every PRF or integrity algorithm, and every group.

@@ -143,6 +143,10 @@ pub enum Group {
     Modp3072,
     /// Group 16, 4096-bit MODP (RFC 3526).
     Modp4096,
+    /// Group 17, 6144-bit MODP (RFC 3526).
+    Modp6144,
+    /// Group 18, 8192-bit MODP (RFC 3526).
+    Modp8192,
     /// Group 19, NIST P-256 (RFC 5903).
     Ecp256,
     /// Group 20, NIST P-384 (RFC 5903).
@@ -160,6 +164,8 @@ impl Group {
             Self::Modp2048 => 14,
             Self::Modp3072 => 15,
             Self::Modp4096 => 16,
+            Self::Modp6144 => 17,
+            Self::Modp8192 => 18,
             Self::Ecp256 => 19,
             Self::Ecp384 => 20,
             Self::Ecp521 => 21,
@@ -173,6 +179,8 @@ impl Group {
             Self::Modp2048 => "modp2048",
             Self::Modp3072 => "modp3072",
             Self::Modp4096 => "modp4096",
+            Self::Modp6144 => "modp6144",
+            Self::Modp8192 => "modp8192",
             Self::Ecp256 => "ecp256",
             Self::Ecp384 => "ecp384",
             Self::Ecp521 => "ecp521",
@@ -241,6 +249,8 @@ impl Word {
             "modp2048" => Self::Group(Group::Modp2048),
             "modp3072" => Self::Group(Group::Modp3072),
             "modp4096" => Self::Group(Group::Modp4096),
+            "modp6144" => Self::Group(Group::Modp6144),
+            "modp8192" => Self::Group(Group::Modp8192),
             "ecp256" => Self::Group(Group::Ecp256),
             "ecp384" => Self::Group(Group::Ecp384),
             "ecp521" => Self::Group(Group::Ecp521),

@@ -408,6 +408,8 @@ fn word(offered: &Transform<'_>) -> String {
                 Group::Modp2048,
                 Group::Modp3072,
                 Group::Modp4096,
+                Group::Modp6144,
+                Group::Modp8192,
                 Group::Ecp256,
                 Group::Ecp384,
                 Group::Ecp521,

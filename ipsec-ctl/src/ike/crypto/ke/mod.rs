@@ -49,6 +49,8 @@ impl PrivateKey {
             Group::Modp2048 => draw(random, 40),
             Group::Modp3072 => draw(random, 53),
             Group::Modp4096 => draw(random, 60),
+            Group::Modp6144 => draw(random, 68),
+            Group::Modp8192 => draw(random, 78),
             Group::Ecp256 | Group::Ecp384 | Group::Ecp521 => loop {
                 // A value of the curve's width is below the order in all but hopeless cases; others are drawn again.
                 let mut value = draw(random, ecp::scalar_bytes(group));
@@ -84,6 +86,8 @@ impl PrivateKey {
             Group::Modp2048 => modp::public_2048(&self.value),
             Group::Modp3072 => modp::public_3072(&self.value),
             Group::Modp4096 => modp::public_4096(&self.value),
+            Group::Modp6144 => modp::public_6144(&self.value),
+            Group::Modp8192 => modp::public_8192(&self.value),
             Group::Ecp256 | Group::Ecp384 | Group::Ecp521 => ecp::public(self.group, &self.value),
             Group::Curve25519 => x25519::public(&self.value),
         }
@@ -99,6 +103,8 @@ impl PrivateKey {
             Group::Modp2048 => modp::agree_2048(&self.value, public),
             Group::Modp3072 => modp::agree_3072(&self.value, public),
             Group::Modp4096 => modp::agree_4096(&self.value, public),
+            Group::Modp6144 => modp::agree_6144(&self.value, public),
+            Group::Modp8192 => modp::agree_8192(&self.value, public),
             Group::Ecp256 | Group::Ecp384 | Group::Ecp521 => {
                 ecp::agree(self.group, &self.value, public)
             }
