@@ -22,3 +22,4 @@ pub mod suite;
 pub mod tcp;
 pub mod topology;
 pub mod udp;
+mod watchdog;

@@ -1,6 +1,6 @@
 //! The runner of a suite: tests with sentences for names, skipped with a reason where the machine lacks something.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -8,8 +8,11 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::{
     command::{find, run},
     netns,
+    watchdog::watched,
 };
 
+/// Longest that a test may take, and one that runs with `--full` only: several times what it takes on a busy machine.
+const LIMITS: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(3600)];
 /// An interface that exists for a moment.
 const PROBE: &str = "ipx-suite";
 
@@ -131,7 +134,7 @@ fn trial(case: Case, full: bool) -> Trial {
             .or_else(|| (case.long && !full).then(|| "takes minutes: run with --full".to_owned()));
         match missing {
             Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => match (case.body)() {
+            None => match watched(case.name, LIMITS[usize::from(case.long)], case.body) {
                 Ok(()) => Ok(Completion::Completed),
                 Err(error) => match error.downcast_ref::<Skipped>() {
                     Some(Skipped(reason)) => Ok(Completion::ignored_with(reason)),

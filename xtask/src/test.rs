@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use crate::{
     command::{build_debug, prepare},
     setup,
-    vm::{self, Guest, Kernel},
+    vm::{self, Frozen, Guest, Kernel},
 };
 
 /// A group of tests: its name, and how cargo is asked for it.
@@ -114,40 +114,59 @@ fn run_in_guest(full: bool) -> anyhow::Result<(Count, bool)> {
     let kernel = match Kernel::built().map_or_else(Kernel::packaged, Ok) {
         Ok(kernel) => kernel,
         Err(error) => {
-            let skipped = Count {
-                skipped: 1,
-                reasons: vec![format!("guest: there is no kernel for it: {error:#}")],
-                ..Count::default()
-            };
-            return Ok((skipped, true));
+            let reason = format!("guest: there is no kernel for it: {error:#}");
+            return Ok((Count::one_skipped(reason), true));
         }
     };
     eprintln!("vm: {kernel}");
     let mut guest = Guest {
         kernel,
         memory: 768,
-        limit: Duration::from_secs(600),
+        limit: Duration::from_secs(900),
         environment: Vec::new(),
     };
     if full {
         let name = "IPSEC_TESTS_FULL".to_owned();
         guest.environment.push((name, "1".to_owned()));
     }
-    let (mut count, mut good) = (Count::default(), true);
+    let (mut all, mut good) = (Count::default(), true);
     for suite in GUEST_SUITES {
         let program = vm::test_program("ipsec-tests", suite)?;
-        let (output, writer) = std::io::pipe().context("a pipe")?;
-        let status = thread::scope(|scope| {
-            let reader = scope.spawn(|| count.read(output));
-            let status = guest.run_to(&[program, "--test-threads=1".to_owned()], writer.into());
-            match reader.join() {
-                Ok(read) => read.and(status),
-                Err(cause) => std::panic::resume_unwind(cause),
-            }
+        let (count, status) = run_suite_in(&guest, &program).or_else(|error| {
+            standing_still(error)?;
+            eprintln!("vm: the suite starts again, once");
+            run_suite_in(&guest, &program).or_else(|error| {
+                let skipped = format!("{suite}: {}", standing_still(error)?);
+                Ok::<_, anyhow::Error>((Count::one_skipped(skipped), 0))
+            })
         })?;
+        all.join(count);
         good &= status == 0;
     }
-    Ok((count, good))
+    Ok((all, good))
+}
+
+/// What a frozen guest is told to have done; other errors are passed on.
+fn standing_still(error: anyhow::Error) -> anyhow::Result<Frozen> {
+    let frozen = error.downcast::<Frozen>()?;
+    eprintln!("vm: {frozen}");
+    Ok(frozen)
+}
+
+/// Runs a test program in a guest, its output passed on as it comes; tells what it counted, and its status.
+fn run_suite_in(guest: &Guest, program: &str) -> anyhow::Result<(Count, i32)> {
+    let mut count = Count::default();
+    let (output, writer) = std::io::pipe().context("a pipe")?;
+    let arguments = [program.to_owned(), "--test-threads=1".to_owned()];
+    let status = thread::scope(|scope| {
+        let reader = scope.spawn(|| count.read(output));
+        let status = guest.run_to(&arguments, writer.into());
+        match reader.join() {
+            Ok(read) => read.and(status),
+            Err(cause) => std::panic::resume_unwind(cause),
+        }
+    })?;
+    Ok((count, status))
 }
 
 /// Runs one group, its output passed on as it comes; tells whether cargo was content.
@@ -194,10 +213,7 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
             count.skipped,
             time.as_secs_f64()
         )?;
-        all.passed += count.passed;
-        all.failed += count.failed;
-        all.skipped += count.skipped;
-        all.reasons.extend(count.reasons.iter().cloned());
+        all.join(count.clone());
     }
     for reason in &all.reasons {
         writeln!(out, "skipped: {reason}")?;
@@ -214,6 +230,15 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
 }
 
 impl Count {
+    /// One test, or all of a kind, that this machine cannot run.
+    fn one_skipped(reason: String) -> Self {
+        Self {
+            skipped: 1,
+            reasons: vec![reason],
+            ..Self::default()
+        }
+    }
+
     /// Passes output on as it comes, and counts.
     fn read(&mut self, output: impl Read) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
@@ -223,6 +248,14 @@ impl Count {
             self.add(&line);
         }
         Ok(())
+    }
+
+    /// Adds what another counted.
+    fn join(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+        self.reasons.extend(other.reasons);
     }
 
     /// Counts tests as skipped that passed because they did nothing, by the lines that they wrote.

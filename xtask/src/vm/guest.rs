@@ -4,17 +4,41 @@ use std::{
     fs,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::Kernel;
 use crate::command::workspace;
 
 /// The first process of the guest.
 const INIT: &str = include_str!("init.sh");
+
+/// Without a sign of life for so long, a guest is frozen: it gives one every 5 s.
+const FROZEN: Duration = Duration::from_secs(90);
+
+/// The guest's kernel stood still: no process of it ran any more. Whatever the command did, it is not what hangs.
+#[derive(Debug)]
+pub(crate) struct Frozen;
+
+impl std::fmt::Display for Frozen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "the guest's kernel stood still for {} s and was ended",
+            FROZEN.as_secs()
+        )
+    }
+}
+
+impl std::error::Error for Frozen {}
 
 /// A guest that is about to run.
 #[derive(Debug)]
@@ -34,7 +58,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// The guest did not start, or ended before the command did.
+    /// The guest did not start, or ended before the command did; [`Frozen`] if its kernel stood still.
     pub(crate) fn run(&self, command: &[String]) -> anyhow::Result<i32> {
         self.run_to(
             command,
@@ -54,7 +78,7 @@ impl Guest {
         make_executable(&control.0.join("init"))?;
         fs::write(control.0.join("command"), self.script(command))?;
         let console = fs::File::create(control.0.join("console"))?;
-        let status = Command::new("timeout")
+        let guest = Command::new("timeout")
             .arg("--kill-after=5")
             .arg(self.limit.as_secs().to_string())
             .arg(self.kernel.program())
@@ -78,8 +102,9 @@ impl Guest {
             .stdin(output)
             .stdout(console.try_clone()?)
             .stderr(console)
-            .status()
+            .spawn()
             .context("the guest's kernel cannot be started")?;
+        let (status, frozen) = control.watch(guest)?;
         if let Ok(code) = fs::read_to_string(control.0.join("status")) {
             return code.trim().parse().context("status of the guest's command");
         }
@@ -87,6 +112,9 @@ impl Guest {
         let last: Vec<_> = console.lines().rev().take(20).collect();
         for line in last.iter().rev() {
             eprintln!("vm: {line}");
+        }
+        if frozen {
+            bail!(Frozen);
         }
         match status.code() {
             Some(124 | 137) => bail!("the guest was ended after {} s", self.limit.as_secs()),
@@ -126,6 +154,26 @@ impl Control {
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
+    }
+
+    /// Waits for the end of a guest and ends it if it is frozen; tells its status, and whether it was frozen.
+    fn watch(&self, mut guest: Child) -> anyhow::Result<(ExitStatus, bool)> {
+        let (mut told, mut since, mut frozen) = (Vec::new(), Instant::now(), false);
+        loop {
+            if let Some(status) = guest.try_wait()? {
+                return Ok((status, frozen));
+            }
+            let tells = fs::read(self.0.join("alive")).unwrap_or_default();
+            if tells != told {
+                (told, since) = (tells, Instant::now());
+            }
+            if !frozen && since.elapsed() > FROZEN {
+                frozen = true;
+                // The child is `timeout`, which passes the signal on.
+                kill(Pid::from_raw(guest.id().try_into()?), Signal::SIGTERM)?;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

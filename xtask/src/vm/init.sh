@@ -29,6 +29,11 @@ if [ -d /mnt/kernel/lib/modules ]; then
 fi
 ip link set lo up
 stty -F /dev/ttyS0 raw -echo 2>/dev/null
+# Tells that this kernel is alive, whatever the command does.
+while :; do
+    date +%s >/mnt/control/alive
+    sleep 5
+done &
 setsid bash /mnt/control/command </dev/null >/dev/ttyS0 2>&1
 echo $? >/mnt/control/status
 sync

@@ -11,7 +11,10 @@ use std::{process::Command, time::Duration};
 
 use anyhow::ensure;
 
-pub(crate) use self::{guest::Guest, kernel::Kernel};
+pub(crate) use self::{
+    guest::{Frozen, Guest},
+    kernel::Kernel,
+};
 use crate::setup::{self, Purpose};
 
 /// What `cargo xtask vm` is asked for.
