@@ -53,22 +53,32 @@ pub fn start_default(topology: &Topology) -> anyhow::Result<(Gateway<'_>, Gatewa
 ///
 /// What was lost.
 pub fn hosts_talk(topology: &Topology, family: Family) -> anyhow::Result<()> {
+    conversation(topology, family).map(drop)
+}
+
+/// As [`hosts_talk`]; tells how many packets went through the tunnel, which no machine is too busy to hold true.
+///
+/// # Errors
+///
+/// What was lost.
+pub fn conversation(topology: &Topology, family: Family) -> anyhow::Result<u64> {
+    let mut packets = 0;
     for from in [Side::A, Side::B] {
         let to = from.other();
         let way = || format!("from site {from:?} to site {to:?} by {family:?}");
         let (here, there) = (topology.host(from), topology.host(to));
         let address = to.host(family);
-        Ping::to(address)
-            .run(here)?
-            .all_answered()
-            .with_context(way)?;
+        let ping = Ping::to(address).run(here)?;
+        ping.all_answered().with_context(way)?;
         let flow = Flow {
             time: Duration::from_secs(1),
             ..Flow::to(address)
         };
-        flow.run(here, there)?.is_perfect().with_context(way)?;
+        let flow = flow.run(here, there)?;
+        flow.is_perfect().with_context(way)?;
+        packets += 2 * u64::from(ping.received) + flow.received;
     }
-    Ok(())
+    Ok(packets)
 }
 
 /// Numbered packets between the hosts, both ways, until [`Flows::are_perfect`].
