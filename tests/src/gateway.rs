@@ -35,7 +35,7 @@ pub struct Tunnel {
     pub peer: String,
     /// Our identity.
     pub local_id: String,
-    /// The peer's identity.
+    /// The peer's identity; empty where it may be any.
     pub remote_id: String,
     /// The pre-shared key.
     pub psk: String,
@@ -106,12 +106,14 @@ impl Tunnel {
 
     fn render(&self) -> String {
         let mut text = format!(
-            "[[tunnel]]\nname = \"{name}\"\npeer = \"{}\"\nlocal_id = \"{}\"\nremote_id = \"{}\"\npsk_file = \"{name}.psk\"\n",
+            "[[tunnel]]\nname = \"{name}\"\npeer = \"{}\"\nlocal_id = \"{}\"\npsk_file = \"{name}.psk\"\n",
             self.peer,
             self.local_id,
-            self.remote_id,
             name = self.name
         );
+        if !self.remote_id.is_empty() {
+            text += &format!("remote_id = \"{}\"\n", self.remote_id);
+        }
         for line in &self.lines {
             text += &format!("{line}\n");
         }

@@ -6,6 +6,7 @@
 
 pub mod attack;
 pub mod bench;
+pub mod branches;
 pub mod capture;
 pub mod command;
 mod decode;

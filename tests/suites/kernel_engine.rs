@@ -8,6 +8,7 @@ use ipsec_ctl::{
     dataplane::seam::{KernelReason, Offload},
 };
 use ipsec_tests::{
+    branches,
     capture::Capture,
     cases,
     command::wait_for,
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         [XfrmInterfaces, Nftables] long a_nat_in_between_is_crossed,
         [XfrmInterfaces, StrongSwan] strongswan_on_the_kernels_esp_is_understood_without_udp_and_with_esn,
         [XfrmInterfaces] the_first_packet_brings_up_a_tunnel_on_demand,
+        [XfrmInterfaces] each_of_several_initiators_and_pairs_under_one_child_gets_its_own_traffic,
         [XfrmInterfaces] nothing_is_lost_while_sas_are_replaced_by_volume,
         [XfrmInterfaces] what_others_flush_is_put_back_and_nothing_is_in_the_clear,
         [XfrmInterfaces] nothing_is_in_the_clear_through_kill_and_restart,
@@ -50,6 +52,12 @@ fn ends(family: Family) -> (Tunnel, Tunnel) {
         Tunnel::between_sites(Side::A, family),
         Tunnel::between_sites(Side::B, family).respond(),
     )
+}
+
+fn each_of_several_initiators_and_pairs_under_one_child_gets_its_own_traffic() -> anyhow::Result<()>
+{
+    branches::each_of_two_initiators_gets_its_own(KERNEL)?;
+    branches::each_of_two_pairs_of_one_child_carries_its_own(KERNEL)
 }
 
 fn is_carried_by_the_kernel(gateway: &Gateway<'_>) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::{Context, ensure};
 use ipsec_ctl::api::model::State;
 use ipsec_tests::{
+    branches,
     capture::Capture,
     cases,
     command::wait_for,
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
         [] one_child_carries_both_families_over_ipv4,
         [] the_responders_narrower_selectors_are_taken,
         [] two_children_carry_what_is_theirs,
+        [] each_of_two_initiators_under_one_tunnel_gets_its_own_traffic,
+        [] each_of_two_pairs_of_one_child_carries_what_it_was_narrowed_to,
         [] everything_goes_into_a_tunnel_beside_a_default_route,
         [] a_wrong_key_is_named_at_the_verifier,
         [] no_common_proposal_is_told_with_both_policies,
@@ -48,6 +51,14 @@ fn ends(family: Family) -> (Tunnel, Tunnel) {
         Tunnel::between_sites(Side::A, family),
         Tunnel::between_sites(Side::B, family).respond(),
     )
+}
+
+fn each_of_two_initiators_under_one_tunnel_gets_its_own_traffic() -> anyhow::Result<()> {
+    branches::each_of_two_initiators_gets_its_own("engine = \"xdp\"")
+}
+
+fn each_of_two_pairs_of_one_child_carries_what_it_was_narrowed_to() -> anyhow::Result<()> {
+    branches::each_of_two_pairs_of_one_child_carries_its_own("engine = \"xdp\"")
 }
 
 fn child(name: &str, side: Side, local: &str, remote: &str) -> ChildSettings {

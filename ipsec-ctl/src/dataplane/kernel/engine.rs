@@ -96,6 +96,14 @@ struct Everything {
     complete: bool,
 }
 
+impl Everything {
+    /// A number that no state has had yet.
+    fn new_reqid(&mut self) -> u32 {
+        self.next_reqid += 1;
+        FIRST_REQID + self.next_reqid
+    }
+}
+
 /// An installed SA. Its keys are the kernel's alone.
 #[derive(Debug)]
 struct Sa {
@@ -105,7 +113,11 @@ struct Sa {
     spi: Spi,
     suite: EspSuite,
     outer: Outer,
+    /// In an order that does not depend on the peer's.
     selectors: SelectorPair,
+    /// What policies name its state by. SAs of one child have the same if they have the same selectors: what came in one of
+    /// them is not taken for what another was negotiated for.
+    reqid: u32,
     state: StateId,
     ledger: Ledger,
     /// Longest inner packet in bytes that the path takes in one piece.
@@ -268,17 +280,19 @@ impl Inner {
         if all.sas.contains_key(&spec.id) {
             return Err(Rejected::Exists);
         }
-        let Some(tunnel) = all.tunnels.get(&spec.tunnel) else {
-            return Err(Rejected::UnknownTunnel);
-        };
-        let reqid = tunnel.reqid(spec.child).ok_or(Rejected::UnknownTunnel)?;
+        let selectors = in_order(&spec.selectors);
+        let reqid = reqid(all, spec, &selectors);
+        let tunnel = all.tunnels.get(&spec.tunnel);
+        let tunnel = tunnel
+            .filter(|tunnel| tunnel.has_child(spec.child))
+            .ok_or(Rejected::UnknownTunnel)?;
         if let Some((_, reason)) = self
             .capabilities
             .lacking
             .iter()
             .find(|(suite, _)| *suite == spec.suite)
         {
-            return Err(rejected("use these algorithms", reason));
+            return Err(Rejected::by_kernel("use these algorithms", reason));
         }
         let state = state(spec, tunnel, reqid, self.lodge.mark(), &spec.keys)?;
         let mut sa = Sa {
@@ -288,7 +302,8 @@ impl Inner {
             spi: spec.spi,
             suite: spec.suite,
             outer: spec.outer,
-            selectors: spec.selectors.clone(),
+            selectors,
+            reqid,
             state: state.id(),
             ledger: Ledger {
                 sa: spec.id,
@@ -301,7 +316,7 @@ impl Inner {
         if let Some(pair) = sa.pair() {
             all.sockets
                 .take(pair, &self.lodge)
-                .map_err(|error| rejected("open a socket for ESP in UDP", &error))?;
+                .map_err(|error| Rejected::by_kernel("open a socket for ESP in UDP", &error))?;
         }
         let (pair, direction) = (sa.pair(), sa.direction);
         if let Err(error) = self.xfrm.add_state(&state) {
@@ -310,25 +325,22 @@ impl Inner {
             }
             return Err(match error.errno {
                 Some(libc::EEXIST) => Rejected::Exists,
-                _ => refused(error),
+                _ => error.into(),
             });
         }
         if direction == Direction::Inbound {
             self.lodge.pass(spec.spi, spec.outer.local);
         }
         all.sas.insert(spec.id, sa);
-        let before = all
-            .tunnels
-            .get_mut(&spec.tunnel)
-            .filter(|_| direction == Direction::Outbound)
-            .and_then(|tunnel| tunnel.outbound.insert(spec.child, spec.id));
+        if direction == Direction::Outbound
+            && let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel)
+        {
+            tunnel.sends(spec.child, spec.id);
+        }
         // The policies move the traffic, in one step.
         if let Err(rejected) = self.apply(all, spec.tunnel) {
-            if let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel)
-                && direction == Direction::Outbound
-            {
-                tunnel.outbound.remove(&spec.child);
-                tunnel.outbound.extend(before.map(|id| (spec.child, id)));
+            if let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel) {
+                tunnel.sends_no_more(spec.id);
             }
             self.forget(all, spec.id);
             let _ = self.apply(all, spec.tunnel);
@@ -347,12 +359,12 @@ impl Inner {
         };
         // First from the policies, so that no packet meets one whose SA is gone.
         if let Some(tunnel) = all.tunnels.get_mut(&tunnel) {
-            tunnel.outbound.retain(|_, sending| *sending != id);
+            tunnel.sends_no_more(id);
         }
         let state = self.forget_but_keep_the_state(all, id);
         let applied = self.apply(all, tunnel);
         if let Some(state) = state {
-            self.xfrm.remove_state(&state).map_err(refused)?;
+            self.xfrm.remove_state(&state)?;
         }
         applied
     }
@@ -402,7 +414,7 @@ impl Inner {
         if let Some(pair) = sa.pair() {
             all.sockets
                 .take(pair, &self.lodge)
-                .map_err(|error| rejected("open a socket for ESP in UDP", &error))?;
+                .map_err(|error| Rejected::by_kernel("open a socket for ESP in UDP", &error))?;
         }
         if let Some(pair) = old_pair {
             all.sockets.leave(pair);
@@ -416,7 +428,6 @@ impl Inner {
         let sa = all.sas.get(&id).ok_or(Rejected::UnknownSa)?;
         let tunnel = all.tunnels.get(&sa.tunnel);
         let tunnel = tunnel.ok_or(Rejected::UnknownTunnel)?;
-        let reqid = tunnel.reqid(sa.child).ok_or(Rejected::UnknownTunnel)?;
         // The state keeps its own keys; these only have the right lengths.
         let (cipher, integrity) = key_lengths(sa.suite);
         let keys = EspKeys {
@@ -427,7 +438,7 @@ impl Inner {
             source: sa.state.destination,
             destination: sa.state.destination,
             spi: sa.spi.0,
-            reqid,
+            reqid: sa.reqid,
             if_id: tunnel.if_id,
             algorithms: algorithms(sa.suite, &keys).ok_or(Rejected::BadKeys)?,
             replay: Replay::default(),
@@ -444,7 +455,7 @@ impl Inner {
                 moved.output_mark = Some(self.lodge.mark());
             }
         }
-        self.xfrm.update_state(&moved).map_err(refused)
+        self.xfrm.update_state(&moved).map_err(Rejected::from)
     }
 
     /// How long an inner packet may be, as far as is known now.
@@ -612,36 +623,22 @@ async fn keep(
     }
 }
 
-fn rejected(step: &str, reason: &dyn ToString) -> Rejected {
-    Rejected::Kernel {
-        step: step.to_owned(),
-        reason: reason.to_string(),
-    }
-}
-
-fn refused(error: NetlinkError) -> Rejected {
-    Rejected::Kernel {
-        step: error.step,
-        reason: error.reason,
-    }
-}
-
 /// Removes an xfrm interface of ours, so that a device of another kind can have its name.
 ///
 /// # Errors
 ///
 /// [`Rejected`].
 pub async fn remove_device(netlink: &Netlink, device: &str) -> Result<(), Rejected> {
-    let link = netlink.link(device).await.map_err(refused)?;
+    let link = netlink.link(device).await?;
     if link.is_none_or(|link| link.kind.as_deref() != Some("xfrm")) {
         return Ok(());
     }
-    let interfaces = netlink.xfrm_interfaces().await.map_err(refused)?;
+    let interfaces = netlink.xfrm_interfaces().await?;
     for left in interfaces
         .iter()
         .filter(|one| one.name == device && is_ours(one.if_id))
     {
-        netlink.remove_link(left.index).await.map_err(refused)?;
+        netlink.remove_link(left.index).await?;
     }
     Ok(())
 }
@@ -676,18 +673,36 @@ pub async fn release(netlink: &Netlink) -> Result<usize, NetlinkError> {
     Ok(interfaces)
 }
 
-/// Selectors of a tunnel's SAs of one direction.
-fn selectors_of(sas: &BTreeMap<SaId, Sa>, tunnel: TunnelId, child: ChildId) -> Vec<&SelectorPair> {
-    let inbound = sas.values().filter(|sa| {
+/// What policies name the state of a new SA by: the same as its pair's, and as those of older ones that it replaces.
+fn reqid(all: &mut Everything, spec: &SaSpec, selectors: &SelectorPair) -> u32 {
+    let same = all.sas.values().find(|sa| {
+        (sa.tunnel, sa.child) == (spec.tunnel, spec.child) && sa.selectors == *selectors
+    });
+    same.map(|sa| sa.reqid).unwrap_or_else(|| all.new_reqid())
+}
+
+/// Selectors in an order of our own.
+fn in_order(selectors: &SelectorPair) -> SelectorPair {
+    let mut selectors = selectors.clone();
+    selectors.local.sort_unstable();
+    selectors.remote.sort_unstable();
+    selectors
+}
+
+/// What the SAs of a child are to receive, those of the newest first.
+fn received(
+    sas: &BTreeMap<SaId, Sa>,
+    tunnel: TunnelId,
+    child: ChildId,
+) -> Vec<(u32, &SelectorPair)> {
+    let inbound = sas.values().rev().filter(|sa| {
         sa.tunnel == tunnel && sa.child == child && sa.direction == Direction::Inbound
     });
-    let mut selectors: Vec<&SelectorPair> = Vec::new();
-    for sa in inbound {
-        if !selectors.contains(&&sa.selectors) {
-            selectors.push(&sa.selectors);
-        }
-    }
-    selectors
+    let mut known = BTreeSet::new();
+    inbound
+        .filter(|sa| known.insert(sa.reqid))
+        .map(|sa| (sa.reqid, &sa.selectors))
+        .collect()
 }
 
 /// The interfaces' numbers that are in use.

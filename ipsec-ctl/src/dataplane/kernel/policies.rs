@@ -19,6 +19,10 @@ use crate::{
 
 /// Children are asked in the order of the configuration, from here on.
 const FIRST_CHILD: u32 = 0x1000;
+/// Within a child the most specific selectors come first; so many degrees there are.
+const DEGREES: u32 = (MOST_BITS + 1) * 4 * (MOST_BITS + 1);
+/// Length of the longest prefix.
+const MOST_BITS: u32 = 128;
 /// The backstop comes last.
 const BACKSTOP: u32 = u32::MAX;
 
@@ -27,14 +31,25 @@ const BACKSTOP: u32 = u32::MAX;
 pub struct ChildPlan<'a> {
     /// Its place in the configuration.
     pub number: u32,
-    /// Of its states.
+    /// The SAs that send, newest first.
+    pub outbound: Vec<Sending<'a>>,
+    /// What is received, newest first: what the states have, and their selectors.
+    pub inbound: Vec<(u32, &'a SelectorPair)>,
+    /// Where a packet is to ask for an SA while none sends: the configured selectors, the peer, and what is asked for.
+    pub trap: Option<(&'a SelectorPair, IpAddr, u32)>,
+}
+
+/// An SA that sends.
+#[derive(Debug)]
+pub struct Sending<'a> {
+    /// The peer's SPI.
+    pub spi: Spi,
+    /// Outer addresses.
+    pub outer: Outer,
+    /// What its state has.
     pub reqid: u32,
-    /// Selectors and outer addresses of the SA that sends.
-    pub outbound: Option<(Spi, Outer, &'a SelectorPair)>,
-    /// Selectors of the SAs that receive.
-    pub inbound: Vec<&'a SelectorPair>,
-    /// Where a packet is to ask for an SA while none sends: the configured selectors, and the peer.
-    pub trap: Option<(&'a SelectorPair, IpAddr)>,
+    /// What it was negotiated for.
+    pub selectors: &'a SelectorPair,
 }
 
 /// The policies of a tunnel.
@@ -48,46 +63,67 @@ pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, 
         policies: BTreeMap::new(),
     };
     for child in children {
-        let priority = FIRST_CHILD.saturating_add(child.number);
-        match (&child.outbound, &child.trap) {
-            (Some((spi, outer, selectors)), _) => plan.add(
+        for sa in &child.outbound {
+            plan.add(
                 PolicyDirection::Out,
-                between(&selectors.local, &selectors.remote)?,
-                priority,
+                between(&sa.selectors.local, &sa.selectors.remote)?,
+                child.number,
                 |_| Template {
-                    source: outer.local,
-                    destination: outer.remote,
+                    source: sa.outer.local,
+                    destination: sa.outer.remote,
                     // This SA and no other: which of several takes the traffic is the daemon's to say.
-                    spi: spi.0,
-                    reqid: child.reqid,
+                    spi: sa.spi.0,
+                    reqid: sa.reqid,
                 },
-            ),
-            (None, Some((selectors, peer))) => plan.add(
+            );
+        }
+        if let (true, Some((selectors, peer, reqid))) = (child.outbound.is_empty(), &child.trap) {
+            plan.add(
                 PolicyDirection::Out,
                 between(&selectors.local, &selectors.remote)?,
-                priority,
+                child.number,
                 |_| Template {
                     destination: *peer,
-                    ..Template::anywhere(peer.is_ipv6(), child.reqid)
+                    ..Template::anywhere(peer.is_ipv6(), *reqid)
                 },
-            ),
-            (None, None) => {}
+            );
         }
-        for selectors in &child.inbound {
+        for (reqid, selectors) in &child.inbound {
             for direction in [PolicyDirection::In, PolicyDirection::Forward] {
                 // RFC 4301 section 5.2: what came in an SA must be what the SA was negotiated for. The outer source
                 // may have changed behind a NAT, and the ICV has vouched for the packet.
                 plan.add(
                     direction,
                     between(&selectors.remote, &selectors.local)?,
-                    priority,
-                    |selector| Template::anywhere(selector.source.addr().is_ipv6(), child.reqid),
+                    child.number,
+                    |selector| Template::anywhere(selector.source.addr().is_ipv6(), *reqid),
                 );
             }
         }
     }
     plan.block();
     Ok(plan.policies.into_values().collect())
+}
+
+/// When the policy of a child is asked: those of earlier children first, of one child the most specific.
+fn priority(child: u32, direction: PolicyDirection, selector: &Selector) -> u32 {
+    let (local, remote, remote_port) = match direction {
+        PolicyDirection::Out => (
+            selector.source,
+            selector.destination,
+            selector.destination_port,
+        ),
+        PolicyDirection::In | PolicyDirection::Forward => {
+            (selector.destination, selector.source, selector.source_port)
+        }
+    };
+    let free = |net: IpNet| MOST_BITS - u32::from(net.prefix_len());
+    let any = u32::from(selector.protocol == 0) * 2 + u32::from(remote_port.mask == 0);
+    let degree = (free(remote) * 4 + any) * (MOST_BITS + 1) + free(local);
+    FIRST_CHILD
+        .saturating_add(child.saturating_mul(DEGREES))
+        .saturating_add(degree)
+        .min(BACKSTOP - 1)
 }
 
 /// Policies by what tells them apart in the kernel.
@@ -97,12 +133,12 @@ struct Plan {
 }
 
 impl Plan {
-    /// Of two children with the same selector the first one has it.
+    /// Of two children or SAs with the same selector the first one has it.
     fn add(
         &mut self,
         direction: PolicyDirection,
         selectors: Vec<Selector>,
-        priority: u32,
+        child: u32,
         template: impl Fn(&Selector) -> Template,
     ) {
         for selector in selectors {
@@ -111,7 +147,7 @@ impl Plan {
                 .or_insert_with(|| Policy {
                     direction,
                     selector,
-                    priority,
+                    priority: priority(child, direction, &selector),
                     if_id: self.if_id,
                     action: Action::Protect(template(&selector)),
                 });
@@ -192,11 +228,29 @@ mod tests {
     fn child(number: u32) -> ChildPlan<'static> {
         ChildPlan {
             number,
-            reqid: 100 + number,
-            outbound: None,
+            outbound: Vec::new(),
             inbound: Vec::new(),
             trap: None,
         }
+    }
+
+    fn sends(spi: u32, selectors: &SelectorPair) -> Sending<'_> {
+        Sending {
+            spi: Spi(spi),
+            outer: OUTER,
+            reqid: 100,
+            selectors,
+        }
+    }
+
+    /// The SPIs of the out policies in the order in which they are asked; none where one blocks.
+    fn spis(policies: &BTreeSet<Policy>) -> Vec<Option<u32>> {
+        let out = of(policies, PolicyDirection::Out).into_iter();
+        out.map(|policy| match policy.action {
+            Action::Protect(template) => Some(template.spi),
+            Action::Block => None,
+        })
+        .collect()
     }
 
     fn of(policies: &BTreeSet<Policy>, direction: PolicyDirection) -> Vec<Policy> {
@@ -224,9 +278,9 @@ mod tests {
         let policies = plan(
             7,
             &[ChildPlan {
-                outbound: Some((Spi(9), OUTER, &selectors)),
-                inbound: vec![&selectors, &selectors],
-                trap: Some((&selectors, OUTER.remote)),
+                outbound: vec![sends(9, &selectors)],
+                inbound: vec![(100, &selectors)],
+                trap: Some((&selectors, OUTER.remote, 99)),
                 ..child(0)
             }],
         )
@@ -258,7 +312,7 @@ mod tests {
         let policies = plan(
             7,
             &[ChildPlan {
-                trap: Some((&selectors, OUTER.remote)),
+                trap: Some((&selectors, OUTER.remote, 99)),
                 ..child(0)
             }],
         )
@@ -274,20 +328,64 @@ mod tests {
     fn of_two_children_with_one_selector_the_first_has_it_and_no_priorities_are_shared() {
         let wide = pair("0.0.0.0/0", "0.0.0.0/0");
         let narrow = pair("10.1.0.0/24", "10.2.0.0/24");
-        let sends = |number, selectors| ChildPlan {
-            outbound: Some((Spi(number), OUTER, selectors)),
+        let child = |number, selectors| ChildPlan {
+            outbound: vec![sends(number, selectors)],
             ..child(number)
         };
-        let policies = plan(7, &[sends(0, &narrow), sends(1, &wide), sends(2, &narrow)]).unwrap();
-        let out = of(&policies, PolicyDirection::Out);
-        let spis: Vec<_> = out
-            .iter()
-            .map(|policy| match policy.action {
-                Action::Protect(template) => template.spi,
-                Action::Block => u32::MAX,
-            })
-            .collect();
+        let policies = plan(7, &[child(0, &narrow), child(1, &wide), child(2, &narrow)]).unwrap();
         // The IPv4 backstop has the wide child's selector, which comes first.
-        assert_eq!(spis, [0, 1, u32::MAX]);
+        assert_eq!(spis(&policies), [Some(0), Some(1), None]);
+    }
+
+    #[test]
+    fn of_the_sas_of_one_child_the_most_specific_is_asked_first_and_of_equal_ones_the_newest_alone()
+    {
+        let wide = pair("10.1.0.0/24", "10.0.0.0/8");
+        let narrow = pair("10.1.0.0/24", "10.3.0.0/24");
+        let other = pair("10.1.0.0/24", "10.2.0.0/24");
+        let policies = plan(
+            7,
+            &[ChildPlan {
+                outbound: vec![
+                    sends(1, &wide),
+                    sends(2, &other),
+                    sends(3, &narrow),
+                    sends(4, &other),
+                ],
+                ..child(0)
+            }],
+        )
+        .unwrap();
+        let mut narrow = spis(&policies);
+        let last = narrow.split_off(2);
+        narrow.sort_unstable();
+        assert_eq!(narrow, [Some(2), Some(3)]);
+        assert_eq!(last, [Some(1), None, None]);
+    }
+
+    #[test]
+    fn what_comes_in_one_sa_is_not_taken_for_what_another_is_for() {
+        let (one, other) = (
+            pair("10.1.0.0/24", "10.2.0.0/24"),
+            pair("10.1.0.0/24", "10.3.0.0/24"),
+        );
+        let policies = plan(
+            7,
+            &[ChildPlan {
+                inbound: vec![(101, &one), (102, &other)],
+                ..child(0)
+            }],
+        )
+        .unwrap();
+        for (net, reqid) in [("10.2.0.0/24", 101), ("10.3.0.0/24", 102)] {
+            let found = of(&policies, PolicyDirection::Forward);
+            let policy = found
+                .iter()
+                .find(|policy| policy.selector.source.to_string() == net);
+            assert_eq!(
+                policy.unwrap().action,
+                Action::Protect(Template::anywhere(false, reqid))
+            );
+        }
     }
 }

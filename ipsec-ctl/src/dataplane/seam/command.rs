@@ -28,8 +28,9 @@ pub enum Command {
     Configured,
     /// Removes the tunnel with its SAs, device, routes and rules.
     RemoveTunnel(TunnelId),
-    /// Installs an SA. An outbound one takes the traffic of its child from the next packet on, in one step; the one
-    /// before it stays installed, unused, until it is removed.
+    /// Installs an SA. An outbound one takes the packets that its selectors are for from the next one on, in one step. Of
+    /// several of one child the one with the most specific selectors sends, and of equal ones the newest: the one before
+    /// it stays installed, unused, until it is removed.
     Install(Box<SaSpec>),
     /// Removes an SA; unknown ids are not an error, for the engine may have dropped it at its hard limit.
     Remove(SaId),

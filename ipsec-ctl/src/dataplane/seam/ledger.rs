@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::SaId;
+use crate::net::netlink::NetlinkError;
 
 /// How one SA is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,4 +118,23 @@ pub enum Rejected {
     /// The engine has stopped.
     #[error("the data plane has stopped")]
     Stopped,
+}
+
+impl Rejected {
+    /// The kernel refused a step.
+    pub fn by_kernel(step: &str, reason: &dyn ToString) -> Self {
+        Self::Kernel {
+            step: step.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
+}
+
+impl From<NetlinkError> for Rejected {
+    fn from(error: NetlinkError) -> Self {
+        Self::Kernel {
+            step: error.step,
+            reason: error.reason,
+        }
+    }
 }

@@ -232,14 +232,14 @@ impl Engine {
                 .sockets
                 .send_ike(&datagram)
                 .map(|()| None)
-                .map_err(|error| kernel("send an IKE message", &error)),
+                .map_err(|error| Rejected::by_kernel("send an IKE message", &error)),
             Command::SetCarrier(id, on) => {
                 let device = inner.slow.devices.get(id).ok_or(Rejected::UnknownTunnel)?;
                 device
                     .tun
                     .set_carrier(on)
                     .map(|()| None)
-                    .map_err(|error| kernel("set the carrier", &error))
+                    .map_err(|error| Rejected::by_kernel("set the carrier", &error))
             }
         }
     }
@@ -350,15 +350,15 @@ impl Inner {
         let tun = match kept {
             Some(tun) => tun,
             None => Arc::new(
-                Tun::open(&spec.device).map_err(|error| kernel("open the TUN device", &error))?,
+                Tun::open(&spec.device)
+                    .map_err(|error| Rejected::by_kernel("open the TUN device", &error))?,
             ),
         };
         let link = self
             .netlink
             .link(&spec.device)
-            .await
-            .map_err(refused)?
-            .ok_or_else(|| kernel("look the TUN device up", &"it is gone"))?;
+            .await?
+            .ok_or_else(|| Rejected::by_kernel("look the TUN device up", &"it is gone"))?;
         if !spec
             .routing
             .addresses
@@ -368,12 +368,9 @@ impl Inner {
             // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
             let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
         }
-        self.netlink.set_up(link.index).await.map_err(refused)?;
+        self.netlink.set_up(link.index).await?;
         for &address in &spec.routing.addresses {
-            self.netlink
-                .add_address(link.index, address)
-                .await
-                .map_err(refused)?;
+            self.netlink.add_address(link.index, address).await?;
         }
         let mtu = spec.mtu.unwrap_or(MTU_WITHOUT_SA);
         let tunnel = self.tables.set_tunnel(&spec, link.index, mtu);
@@ -384,12 +381,12 @@ impl Inner {
         self.slow
             .devices
             .insert(device)
-            .map_err(|error| kernel("watch the TUN device", &error))?;
+            .map_err(|error| Rejected::by_kernel("watch the TUN device", &error))?;
         control
             .routing
             .set(spec.id.0, &spec.device, Some(link.index), &spec.routing);
         // At once: the first packet may come before the keeper does.
-        control.routing.protect(spec.id.0).await.map_err(refused)?;
+        control.routing.protect(spec.id.0).await?;
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
@@ -413,7 +410,7 @@ impl Inner {
         configured
             .tun
             .remove()
-            .map_err(|error| kernel("remove the TUN device", &error))
+            .map_err(|error| Rejected::by_kernel("remove the TUN device", &error))
     }
 
     async fn install(&self, spec: &SaSpec) -> Result<Ledger, Rejected> {
@@ -584,7 +581,7 @@ impl Inner {
         let mut outers = HashMap::new();
         for tunnel in tunnels {
             for child in &tunnel.settings.load().children {
-                if let Some(sa) = child.outbound.load_full() {
+                for sa in child.outbound.load().iter() {
                     let outer = sa.template.outer;
                     outers.insert((outer.local, outer.remote), outer);
                 }
@@ -634,19 +631,5 @@ async fn keep(inner: Arc<Inner>, mut changes: mpsc::Receiver<watch::Change>) {
         sleep(SETTLE).await;
         while changes.try_recv().is_ok() {}
         inner.repair().await;
-    }
-}
-
-fn kernel(step: &str, reason: &dyn ToString) -> Rejected {
-    Rejected::Kernel {
-        step: step.to_owned(),
-        reason: reason.to_string(),
-    }
-}
-
-fn refused(error: NetlinkError) -> Rejected {
-    Rejected::Kernel {
-        step: error.step,
-        reason: error.reason,
     }
 }

@@ -24,6 +24,7 @@ pub mod program;
 pub mod resolver;
 pub mod sa;
 pub mod selectors;
+pub mod senders;
 pub mod slow;
 pub mod table;
 pub mod waiting;

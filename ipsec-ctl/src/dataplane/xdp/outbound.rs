@@ -12,6 +12,7 @@ use super::{
     inner::{Inner, clamp_mss, decrement_ttl},
     sa::{Origin, OutboundSa},
     selectors::{Flow, Match},
+    senders::Senders,
     table::{Child, Settings, Tunnel},
     waiting::Turn,
 };
@@ -52,8 +53,18 @@ pub struct Sealed {
     pub in_fragments: bool,
 }
 
-/// A child and its SA, if it has one.
-type Found<'a> = (&'a Child, Guard<Option<Arc<OutboundSa>>>);
+/// A child, what it sends with, and which of that takes the packet, if the child has any.
+struct Found<'a> {
+    child: &'a Child,
+    senders: Guard<Arc<Senders>>,
+    place: Option<usize>,
+}
+
+impl Found<'_> {
+    fn sa(&self) -> Option<&OutboundSa> {
+        self.senders.get(self.place?).map(Arc::as_ref)
+    }
+}
 
 /// The outbound half of the pipeline. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -120,19 +131,23 @@ impl OutboundPipeline {
             self.report_recursion(tunnel, &packet.flow, now);
             return Outbound::Drop(Reason::RecursiveRoute);
         }
-        let (child, mut sa) = match self.select(tunnel, &settings, &packet.flow, now) {
+        let mut found = match self.select(tunnel, &settings, &packet.flow, now) {
             Ok(found) => found,
             Err(reason) => return Outbound::Drop(reason),
         };
-        if child.on_demand && may_wait && (sa.is_none() || child.waiting.any()) {
+        let child = found.child;
+        if child.on_demand && may_wait && (found.place.is_none() || child.waiting.any()) {
             match wait(child, bytes, &packet, origin, now) {
                 Ok(Turn::Waits) => return Outbound::Waits,
                 Ok(Turn::Full) => return Outbound::Drop(Reason::NoSa),
-                Ok(Turn::Now) => sa = child.outbound.load(),
+                Ok(Turn::Now) => {
+                    found.senders = child.outbound.load();
+                    found.place = found.senders.choose(&packet.flow).ok();
+                }
                 Err(reason) => return Outbound::Drop(reason),
             }
         }
-        let Some(sa) = sa.as_ref() else {
+        let Some(sa) = found.sa() else {
             return Outbound::Drop(Reason::NoSa);
         };
         if let Some(verdict) = too_long(&packet, tunnel.mtu()) {
@@ -191,7 +206,8 @@ impl OutboundPipeline {
         }
     }
 
-    /// The first child that the packet belongs to, and its SA if it has one.
+    /// The first child that the packet belongs to: by what its SAs were negotiated for, and while it has none by what was
+    /// configured.
     // RFC 4301 section 4.4.1: the SPD is ordered; a later child does not carry what belongs to an earlier one without SA.
     fn select<'a>(
         &self,
@@ -202,26 +218,36 @@ impl OutboundPipeline {
     ) -> Result<Found<'a>, Reason> {
         let mut reason = Reason::OutboundSelectors;
         for child in &settings.children {
-            let sa = child.outbound.load();
-            let matched = match sa.as_ref() {
-                Some(sa) => sa.core.selectors.match_outbound(flow),
-                None => child.selectors.match_outbound(flow),
-            };
-            match (matched, sa.is_some()) {
-                (Match::No, _) => {}
-                (Match::NeedsPorts, _) => reason = Reason::FragmentPorts,
-                (Match::Yes, true) => return Ok((child, sa)),
-                (Match::Yes, false) => {
-                    if child.on_demand && self.acquires.pass((tunnel.id, child.id), now) {
-                        self.events.send(Event::Acquire {
-                            tunnel: tunnel.id,
-                            child: child.id,
-                            flow: seam_flow(flow),
-                        });
-                    }
-                    return Ok((child, sa));
+            let senders = child.outbound.load();
+            let chosen = if senders.is_empty() {
+                match child.selectors.match_outbound(flow) {
+                    Match::Yes => Ok(None),
+                    no @ (Match::No | Match::NeedsPorts) => Err(no),
                 }
+            } else {
+                senders.choose(flow).map(Some)
+            };
+            let place = match chosen {
+                Ok(place) => place,
+                Err(Match::NeedsPorts) => {
+                    reason = Reason::FragmentPorts;
+                    continue;
+                }
+                Err(Match::No | Match::Yes) => continue,
+            };
+            if place.is_none() && child.on_demand && self.acquires.pass((tunnel.id, child.id), now)
+            {
+                self.events.send(Event::Acquire {
+                    tunnel: tunnel.id,
+                    child: child.id,
+                    flow: seam_flow(flow),
+                });
             }
+            return Ok(Found {
+                child,
+                senders,
+                place,
+            });
         }
         Err(reason)
     }
@@ -240,7 +266,7 @@ fn wait(
     if origin == Origin::Fast && !decrement_ttl(&mut copy, packet) {
         return Err(Reason::TtlExpired);
     }
-    let has_sa = || child.outbound.load().is_some();
+    let has_sa = || !child.outbound.load().is_empty();
     Ok(child.waiting.line_up(copy, now, has_sa))
 }
 

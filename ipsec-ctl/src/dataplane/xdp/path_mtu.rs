@@ -144,8 +144,10 @@ impl PathMtus {
     fn whole(&self, settings: &Settings) -> Option<u16> {
         let children = settings.children.iter();
         children
-            .filter_map(|child| child.outbound.load_full())
-            .map(|sa| self.inner_mtu(&sa))
+            .filter_map(|child| {
+                let senders = child.outbound.load();
+                senders.iter().map(|sa| self.inner_mtu(sa)).min()
+            })
             .min()
     }
 

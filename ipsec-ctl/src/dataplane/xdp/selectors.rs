@@ -2,7 +2,7 @@
 //!
 //! Negotiating and narrowing them is IKE's business.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipsec_common::TrafficSelector;
 
@@ -53,17 +53,49 @@ pub enum Match {
     NeedsPorts,
 }
 
-/// Selectors of an SA or child, as ranges of integers.
-#[derive(Debug)]
+/// Selectors of an SA or child, as ranges of integers. Equal ones match the same packets.
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub struct Selectors {
     local: Box<[Range]>,
     remote: Box<[Range]>,
 }
 
+/// A prefix, for packets to be looked up by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Cover {
+    /// IPv6, otherwise IPv4.
+    pub v6: bool,
+    /// Its length in bits.
+    pub length: u8,
+    /// What is left of an address behind the bits that the prefix does not fix.
+    pub bits: u128,
+}
+
+impl Cover {
+    /// The prefix of this length that an address lies in.
+    pub fn new(address: IpAddr, length: u8) -> Self {
+        let (v6, width, bits) = match address {
+            IpAddr::V4(address) => (false, u32::BITS, u128::from(address.to_bits())),
+            IpAddr::V6(address) => (true, u128::BITS, address.to_bits()),
+        };
+        let free = width.saturating_sub(length.into());
+        Self {
+            v6,
+            length,
+            bits: bits.checked_shr(free).unwrap_or(0),
+        }
+    }
+}
+
 impl Selectors {
     /// Prepares negotiated or configured selectors for matching.
     pub fn new(pair: &SelectorPair) -> Self {
-        let ranges = |selectors: &[TrafficSelector]| selectors.iter().map(Range::new).collect();
+        let ranges = |selectors: &[TrafficSelector]| {
+            let mut ranges: Vec<_> = selectors.iter().map(Range::new).collect();
+            ranges.sort_unstable();
+            ranges.dedup();
+            ranges.into()
+        };
         Self {
             local: ranges(&pair.local),
             remote: ranges(&pair.remote),
@@ -98,6 +130,27 @@ impl Selectors {
         )
     }
 
+    /// The longest prefixes that cover the remote ranges: a packet whose destination lies in none does not match.
+    pub fn remote_covers(&self) -> impl Iterator<Item = Cover> {
+        self.remote
+            .iter()
+            .filter_map(|range| range.addresses.cover())
+    }
+
+    /// How much they match besides the remote addresses, for comparison: protocols, then remote ports, our addresses and
+    /// our ports.
+    pub fn breadth(&self) -> (bool, u32, u128, u32) {
+        let ports = |ranges: &[Range]| ranges.iter().map(Range::port_count).max().unwrap_or(0);
+        let mut all = self.local.iter().chain(&self.remote);
+        let local = self.local.iter().map(|range| range.addresses.count());
+        (
+            all.all(|range| range.protocol == 0),
+            ports(&self.remote),
+            local.fold(0, u128::saturating_add),
+            ports(&self.local),
+        )
+    }
+
     /// Whether an IPv6 packet can match.
     pub fn covers_ipv6(&self) -> bool {
         self.remote
@@ -126,19 +179,45 @@ fn any(ranges: &[Range], address: IpAddr, protocol: u8, port: Option<u16>) -> Ma
     best
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Range {
     addresses: Addresses,
     protocol: u8,
     ports: (u16, u16),
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Addresses {
     V4(u32, u32),
     V6(u128, u128),
     /// Ends of two families, which no packet matches.
     None,
+}
+
+impl Addresses {
+    /// The longest prefix with all of them in it.
+    fn cover(&self) -> Option<Cover> {
+        let (first, same): (IpAddr, u32) = match *self {
+            Self::V4(first, last) => (
+                Ipv4Addr::from_bits(first).into(),
+                (first ^ last).leading_zeros(),
+            ),
+            Self::V6(first, last) => (
+                Ipv6Addr::from_bits(first).into(),
+                (first ^ last).leading_zeros(),
+            ),
+            Self::None => return None,
+        };
+        Some(Cover::new(first, u8::try_from(same).ok()?))
+    }
+
+    fn count(&self) -> u128 {
+        match *self {
+            Self::V4(first, last) => u128::from(last.saturating_sub(first)) + 1,
+            Self::V6(first, last) => last.saturating_sub(first).saturating_add(1),
+            Self::None => 0,
+        }
+    }
 }
 
 impl Range {
@@ -153,6 +232,11 @@ impl Range {
             protocol: selector.protocol,
             ports: selector.ports,
         }
+    }
+
+    fn port_count(&self) -> u32 {
+        let (first, last) = self.ports;
+        u32::from(last.saturating_sub(first)) + 1
     }
 
     fn matches(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> Match {

@@ -1,6 +1,6 @@
 //! The tables that packets are looked up in: tunnels and inbound SAs.
 //!
-//! Readers take no lock. Writers replace small parts: one child's outbound SA, one of many shards of inbound SAs. So an
+//! Readers take no lock. Writers replace small parts: one child's outbound SAs, one of many shards of inbound SAs. So an
 //! install costs the same whether there are ten SAs or ten thousand.
 
 use std::{
@@ -13,13 +13,14 @@ use std::{
     },
 };
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use ipsec_common::Spi;
 
 use super::{
     outer::OuterTemplate,
     sa::{InboundSa, OutboundSa, SaCore},
     selectors::{Flow, Selectors},
+    senders::Senders,
     waiting::Waiting,
     words::WordsArray,
 };
@@ -95,7 +96,7 @@ pub struct Settings {
     pub children: Vec<Child>,
 }
 
-/// A configured child and the SA that it sends with.
+/// A configured child and the SAs that it sends with.
 #[derive(Debug)]
 pub struct Child {
     /// Its id.
@@ -104,9 +105,9 @@ pub struct Child {
     pub selectors: Selectors,
     /// A packet without an SA asks for one.
     pub on_demand: bool,
-    /// The SA that takes its packets.
-    pub outbound: Arc<ArcSwapOption<OutboundSa>>,
-    /// Packets that wait for it.
+    /// The SAs that take its packets.
+    pub outbound: Arc<ArcSwap<Senders>>,
+    /// Packets that wait for one.
     pub waiting: Arc<Waiting>,
 }
 
@@ -167,7 +168,7 @@ pub struct Tables {
 #[derive(Default)]
 struct Registry {
     sas: HashMap<SaId, Installed>,
-    /// The outbound SAs of a child, oldest first; the last one is in use.
+    /// The outbound SAs of a child, oldest first.
     outbound: HashMap<(TunnelId, ChildId), Vec<SaId>>,
 }
 
@@ -181,6 +182,32 @@ impl Installed {
         match self {
             Self::Outbound(sa) => &sa.core,
             Self::Inbound(sa) => &sa.core,
+        }
+    }
+}
+
+impl Registry {
+    /// The outbound SAs of a child.
+    fn senders(&self, tunnel: TunnelId, child: ChildId) -> Arc<Senders> {
+        let ids = self.outbound.get(&(tunnel, child)).into_iter().flatten();
+        let sas = ids.filter_map(|id| match self.sas.get(id) {
+            Some(Installed::Outbound(sa)) => Some(Arc::clone(sa)),
+            Some(Installed::Inbound(_)) | None => None,
+        });
+        Arc::new(Senders::new(sas.collect()))
+    }
+
+    /// Gives the outbound SAs of a tunnel the outer headers that its settings want.
+    fn dress(&mut self, tunnel: TunnelId, settings: &Settings) {
+        for installed in self.sas.values_mut() {
+            if let Installed::Outbound(sa) = installed
+                && sa.core.tunnel == tunnel
+            {
+                *sa = Arc::new(OutboundSa {
+                    core: Arc::clone(&sa.core),
+                    template: settings.template(sa.template.outer),
+                });
+            }
         }
     }
 }
@@ -324,6 +351,10 @@ impl Tables {
         for id in gone {
             self.remove_from(&mut registry, id);
         }
+        registry.dress(spec.id, &settings);
+        for child in &settings.children {
+            child.outbound.store(registry.senders(spec.id, child.id));
+        }
         tunnel
     }
 
@@ -348,7 +379,7 @@ impl Tables {
         sas
     }
 
-    /// Installs an SA; an outbound one takes its child's packets from now on.
+    /// Installs an SA; an outbound one takes the packets that its selectors are for from now on.
     pub fn install(&self, spec: &SaSpec) -> Result<(), Rejected> {
         let mut registry = self.registry();
         let tunnel = self.tunnel(spec.tunnel).ok_or(Rejected::UnknownTunnel)?;
@@ -383,13 +414,15 @@ impl Tables {
                     core,
                     template: settings.template(spec.outer),
                 });
-                child.outbound.store(Some(Arc::clone(&sa)));
                 registry.sas.insert(spec.id, Installed::Outbound(sa));
                 registry
                     .outbound
                     .entry((spec.tunnel, spec.child))
                     .or_default()
                     .push(spec.id);
+                child
+                    .outbound
+                    .store(registry.senders(spec.tunnel, spec.child));
             }
         }
         Ok(())
@@ -412,12 +445,10 @@ impl Tables {
                         ..old.template
                     },
                 });
-                if let Some(slot) = self.outbound_slot(&old.core)
-                    && slot.load().as_ref().is_some_and(|sa| sa.core.id == id)
-                {
-                    slot.store(Some(Arc::clone(&moved)));
-                }
-                registry.sas.insert(id, Installed::Outbound(moved));
+                registry
+                    .sas
+                    .insert(id, Installed::Outbound(Arc::clone(&moved)));
+                self.let_send(&registry, &moved.core);
             }
             Installed::Inbound(old) => {
                 let (spi, from) = (old.core.spi, old.outer.local);
@@ -458,32 +489,29 @@ impl Tables {
             }
             Some(Installed::Outbound(sa)) => {
                 let name = (sa.core.tunnel, sa.core.child);
-                let stack = registry.outbound.entry(name).or_default();
-                stack.retain(|&other| other != id);
-                // The one before takes over: of two SAs that a collision made, either may be the one to go.
-                let before = stack.last().and_then(|id| match registry.sas.get(id) {
-                    Some(Installed::Outbound(sa)) => Some(Arc::clone(sa)),
-                    _ => None,
-                });
-                if stack.is_empty() {
+                let others = registry.outbound.entry(name).or_default();
+                others.retain(|&other| other != id);
+                if others.is_empty() {
                     registry.outbound.remove(&name);
                 }
-                if let Some(slot) = self.outbound_slot(&sa.core) {
-                    slot.store(before);
-                }
+                // An older one with the same selectors takes over: of two that a collision made, either may be the one to go.
+                self.let_send(registry, &sa.core);
                 true
             }
         }
     }
 
-    fn outbound_slot(&self, core: &SaCore) -> Option<Arc<ArcSwapOption<OutboundSa>>> {
-        let tunnel = self.tunnel(core.tunnel)?;
+    /// Lets the SAs that an SA's child has now send, in one step.
+    fn let_send(&self, registry: &Registry, core: &SaCore) {
+        let Some(tunnel) = self.tunnel(core.tunnel) else {
+            return;
+        };
         let settings = tunnel.settings.load();
-        let child = settings
-            .children
-            .iter()
-            .find(|child| child.id == core.child)?;
-        Some(Arc::clone(&child.outbound))
+        let mut children = settings.children.iter();
+        if let Some(child) = children.find(|child| child.id == core.child) {
+            let senders = registry.senders(core.tunnel, core.child);
+            child.outbound.store(senders);
+        }
     }
 
     fn change_tunnels(&self, change: impl FnOnce(&mut Tunnels)) {
@@ -518,21 +546,15 @@ impl Settings {
     pub fn is_own_esp(&self, flow: &Flow) -> bool {
         const ESP: u8 = 50;
         const UDP: u8 = 17;
-        match (flow.protocol, flow.ports) {
-            (ESP, _) => self.is_outer_pair(flow, None),
-            (UDP, Some((source_port, _))) => self.is_outer_pair(flow, Some(source_port)),
-            _ => false,
-        }
-    }
-
-    fn is_outer_pair(&self, flow: &Flow, port: Option<u16>) -> bool {
-        self.children.iter().any(|child| {
-            child.outbound.load().as_ref().is_some_and(|sa| {
-                let outer = &sa.template.outer;
-                (outer.local, outer.remote) == (flow.source, flow.destination)
-                    && outer.encap.map(|encap| encap.local_port) == port
-            })
-        })
+        let port = match (flow.protocol, flow.ports) {
+            (ESP, _) => None,
+            (UDP, Some((source_port, _))) => Some(source_port),
+            _ => return false,
+        };
+        let ends = (flow.source, flow.destination, port);
+        self.children
+            .iter()
+            .any(|child| child.outbound.load().send_between(&ends))
     }
 
     fn template(&self, outer: Outer) -> OuterTemplate {
@@ -549,7 +571,7 @@ fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
         let child = old?.children.iter().find(|child| child.id == id)?;
         Some((Arc::clone(&child.outbound), Arc::clone(&child.waiting)))
     };
-    let settings = Settings {
+    Settings {
         name: spec.name.clone(),
         clamp_mss: spec.clamp_mss,
         fixed_mtu: spec.mtu,
@@ -569,15 +591,5 @@ fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
                 }
             })
             .collect(),
-    };
-    // SAs in use carry the outer headers' settings in their template.
-    for child in &settings.children {
-        if let Some(sa) = child.outbound.load_full() {
-            child.outbound.store(Some(Arc::new(OutboundSa {
-                core: Arc::clone(&sa.core),
-                template: settings.template(sa.template.outer),
-            })));
-        }
     }
-    settings
 }

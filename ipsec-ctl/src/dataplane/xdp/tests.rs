@@ -1,6 +1,7 @@
 //! The pipeline from end to end: what one gateway seals another one opens, and what it must refuse.
 
 mod fast;
+mod senders;
 
 use std::{net::IpAddr, ops::Range, sync::Arc};
 
@@ -139,8 +140,12 @@ fn keys(suite: EspSuite) -> EspKeys {
 
 impl Gateway {
     fn new(local: u8, remote: u8) -> Self {
+        Self::with_room_for(local, remote, 8)
+    }
+
+    fn with_room_for(local: u8, remote: u8, sas: u32) -> Self {
         let (events, receiver) = Events::channel(16);
-        let tables = Arc::new(Tables::new(WordsArray::anonymous(8).unwrap()));
+        let tables = Arc::new(Tables::new(WordsArray::anonymous(sas).unwrap()));
         let tunnel = tables.set_tunnel(&tunnel_spec(local, remote), 40 + u32::from(local), 1400);
         Self {
             outbound: OutboundPipeline::new(events.clone()),

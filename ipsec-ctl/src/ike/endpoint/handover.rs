@@ -7,11 +7,13 @@
 //!
 //! Pairs that replace each other within one IKE SA are of one *line*. A child may have several lines at once, with
 //! different selectors, none of which can stand in for another. In another IKE SA a child starts new lines, which take the
-//! place of all the old ones.
+//! place of the old ones that are for the same traffic; under one tunnel several peers may have come in, each with its own.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
+
+use ipsec_common::TrafficSelector;
 
 use crate::ike::{
     config::{ChildName, PeerId},
@@ -78,7 +80,7 @@ impl Use {
 }
 
 /// One installed pair.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Pair {
     ike: IkeSaId,
     peer: PeerId,
@@ -86,6 +88,8 @@ struct Pair {
     spi_in: u32,
     /// The first pair of its line.
     line: ChildSaId,
+    /// The peer's side of its traffic.
+    remote: Vec<TrafficSelector>,
     usage: Use,
 }
 
@@ -93,7 +97,18 @@ impl Pair {
     /// Whether one of both may carry what the other has carried.
     fn stands_in_for(&self, other: &Self) -> bool {
         self.line == other.line
-            || ((self.peer, self.child) == (other.peer, other.child) && self.ike != other.ike)
+            || ((self.peer, self.child) == (other.peer, other.child)
+                && self.ike != other.ike
+                && self.shares_traffic(other))
+    }
+
+    /// Whether some address of the peer's side belongs to both.
+    fn shares_traffic(&self, other: &Self) -> bool {
+        self.remote.iter().any(|one| {
+            other.remote.iter().any(|other| {
+                one.addresses.0 <= other.addresses.1 && other.addresses.0 <= one.addresses.1
+            })
+        })
     }
 }
 
@@ -120,6 +135,7 @@ impl Handover {
             child: up.child,
             spi_in: up.spi_in.0,
             line,
+            remote: up.remote.clone(),
             usage: Use::Both,
         };
         let others = || {
@@ -135,9 +151,10 @@ impl Handover {
             Origin::Answered => Use::Waits(Some(now + PATIENCE)),
             Origin::Lost => Use::Redundant,
         };
-        self.waiting += usize::from(pair.usage.waits());
+        let usage = pair.usage;
+        self.waiting += usize::from(usage.waits());
         self.pairs.insert(up.sa, pair);
-        pair.usage == Use::Both
+        usage == Use::Both
     }
 
     /// The IKE SA that a pair belongs to.
@@ -183,7 +200,7 @@ impl Handover {
 
     /// Its traffic has moved on, so it sends no more.
     pub(super) fn closing(&mut self, sa: ChildSaId) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).copied() else {
+        let Some(pair) = self.pairs.get(&sa).cloned() else {
             return Vec::new();
         };
         if !pair.usage.is_alive() {
@@ -197,7 +214,7 @@ impl Handover {
 
     /// Both sides have deleted a pair, or it has ended for good. It lingers if another has taken its traffic.
     pub(super) fn removed(&mut self, now: Time, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).copied() else {
+        let Some(pair) = self.pairs.get(&sa).cloned() else {
             return Vec::new();
         };
         if pair.usage != Use::Closing && !self.has_successor(sa, pair.line) {
@@ -210,7 +227,7 @@ impl Handover {
 
     /// A pair is removed at once, in one piece; what waits for that is used from now on.
     pub(super) fn dropped(&mut self, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).copied() else {
+        let Some(pair) = self.pairs.get(&sa).cloned() else {
             return Vec::new();
         };
         self.set(sa, Use::Closing);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::{Everything, Inner, is_ours, refused, used};
+use super::{Everything, Inner, is_ours, used};
 use crate::{
     dataplane::seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
     net::xfrm::{Policy, StateId},
@@ -11,7 +11,7 @@ use crate::{
 impl Inner {
     /// The policies with a number that the kernel has.
     pub(super) fn policies_of(&self, if_id: u32) -> Result<BTreeSet<Policy>, Rejected> {
-        let policies = self.xfrm.policies().map_err(refused)?;
+        let policies = self.xfrm.policies()?;
         Ok(policies
             .into_iter()
             .filter(|policy| policy.if_id == if_id)

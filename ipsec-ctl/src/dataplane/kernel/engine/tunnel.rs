@@ -2,13 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    Everything, FIRST_IF_ID, FIRST_REQID, Inner, LAST_IF_ID, is_ours, refused, rejected,
-    selectors_of, used,
-};
+use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, is_ours, received, used};
 use crate::{
     dataplane::{
-        kernel::policies::{ChildPlan, backstops, covers_ipv6, plan},
+        kernel::policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
         seam::{ChildId, Df, Event, KernelReason, Rejected, SaId, TunnelId, TunnelSpec},
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
@@ -25,17 +22,30 @@ pub(super) struct Tunnel {
     pub(super) if_id: u32,
     pub(super) ifindex: u32,
     pub(super) mtu: u16,
-    /// What the states of its children have.
+    /// What a packet that asks for an SA of a child names.
     reqids: BTreeMap<ChildId, u32>,
-    /// The SAs that send.
-    pub(super) outbound: BTreeMap<ChildId, SaId>,
+    /// The SAs that send, oldest first.
+    outbound: BTreeMap<ChildId, Vec<SaId>>,
     /// What the kernel has.
     pub(super) policies: BTreeSet<Policy>,
 }
 
 impl Tunnel {
-    pub(super) fn reqid(&self, child: ChildId) -> Option<u32> {
-        self.reqids.get(&child).copied()
+    pub(super) fn has_child(&self, child: ChildId) -> bool {
+        self.reqids.contains_key(&child)
+    }
+
+    /// An SA of a child sends from now on what its selectors are for.
+    pub(super) fn sends(&mut self, child: ChildId, sa: SaId) {
+        self.outbound.entry(child).or_default().push(sa);
+    }
+
+    /// An SA sends no more; an older one with the same selectors does instead, if there is one.
+    pub(super) fn sends_no_more(&mut self, sa: SaId) {
+        self.outbound.retain(|_, sending| {
+            sending.retain(|one| *one != sa);
+            !sending.is_empty()
+        });
     }
 
     pub(super) fn child_of(&self, reqid: u32) -> Option<ChildId> {
@@ -62,7 +72,7 @@ impl Inner {
         reason: KernelReason,
     ) -> Result<(), Rejected> {
         if spec.df == Df::Set {
-            return Err(rejected(
+            return Err(Rejected::by_kernel(
                 "set up the tunnel",
                 &"the kernel cannot always set the don't-fragment bit: use df = \"copy\" or engine = \"xdp\"",
             ));
@@ -72,29 +82,23 @@ impl Inner {
         if let Some(old) = &old
             && old.spec.device != spec.device
         {
-            self.netlink
-                .remove_link(old.ifindex)
-                .await
-                .map_err(refused)?;
+            self.netlink.remove_link(old.ifindex).await?;
         }
         let (if_id, policies) = match &old {
             Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
             Some(_) | None => self.create(all, &spec.device).await?,
         };
         let is_new = old.as_ref().is_none_or(|old| old.if_id != if_id);
-        let link = self.netlink.link(&spec.device).await.map_err(refused)?;
+        let link = self.netlink.link(&spec.device).await?;
         let ifindex = link
-            .ok_or_else(|| rejected("look the xfrm interface up", &"it is gone"))?
+            .ok_or_else(|| Rejected::by_kernel("look the xfrm interface up", &"it is gone"))?
             .index;
         let mut reqids: BTreeMap<ChildId, u32> = old
             .as_ref()
             .map(|old| old.reqids.clone())
             .unwrap_or_default();
         for child in &spec.children {
-            reqids.entry(child.id).or_insert_with(|| {
-                all.next_reqid += 1;
-                FIRST_REQID + all.next_reqid
-            });
+            reqids.entry(child.id).or_insert_with(|| all.new_reqid());
         }
         let outbound = old.map(|old| old.outbound).unwrap_or_default();
         let tunnel = Tunnel {
@@ -126,32 +130,29 @@ impl Inner {
         device: &str,
     ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
         let mut used = used(all);
-        let link = self.netlink.link(device).await.map_err(refused)?;
+        let link = self.netlink.link(device).await?;
         match link.as_ref().and_then(|link| link.kind.as_deref()) {
             Some("xfrm") => {
-                let interfaces = self.netlink.xfrm_interfaces().await.map_err(refused)?;
+                let interfaces = self.netlink.xfrm_interfaces().await?;
                 let left = interfaces.iter().find(|one| one.name == device);
                 if let Some(left) = left {
                     if is_ours(left.if_id) && !used.contains(&left.if_id) {
                         return Ok((left.if_id, self.policies_of(left.if_id)?));
                     }
-                    self.netlink
-                        .remove_link(left.index)
-                        .await
-                        .map_err(refused)?;
+                    self.netlink.remove_link(left.index).await?;
                 }
             }
             // The tunnel was the other engine's.
             Some("tun") => {
                 let index = link.map_or(0, |link| link.index);
-                self.netlink.remove_link(index).await.map_err(refused)?;
+                self.netlink.remove_link(index).await?;
             }
             Some(_) | None => {}
         }
         let taken = match all.taken.take() {
             Some(taken) => taken,
             None => {
-                let interfaces = self.netlink.xfrm_interfaces().await.map_err(refused)?;
+                let interfaces = self.netlink.xfrm_interfaces().await?;
                 interfaces.iter().map(|one| one.if_id).collect()
             }
         };
@@ -163,12 +164,9 @@ impl Inner {
         // Before there is an interface that they are for.
         let policies: BTreeSet<Policy> = backstops(if_id).into_iter().collect();
         for policy in &policies {
-            self.xfrm.set_policy(policy).map_err(refused)?;
+            self.xfrm.set_policy(policy)?;
         }
-        self.netlink
-            .add_xfrm_interface(device, if_id)
-            .await
-            .map_err(refused)?;
+        self.netlink.add_xfrm_interface(device, if_id).await?;
         Ok((if_id, policies))
     }
 
@@ -183,12 +181,9 @@ impl Inner {
             // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
             let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
         }
-        self.netlink.set_up(index).await.map_err(refused)?;
+        self.netlink.set_up(index).await?;
         for &address in addresses {
-            self.netlink
-                .add_address(index, address)
-                .await
-                .map_err(refused)?;
+            self.netlink.add_address(index, address).await?;
         }
         self.lodge
             .set_routes(id, &spec.device, index, &spec.routing)
@@ -213,9 +208,9 @@ impl Inner {
         self.lodge.remove_routes(id).await;
         let removed = self.netlink.remove_link(tunnel.ifindex).await;
         for policy in &tunnel.policies {
-            self.xfrm.remove_policy(policy).map_err(refused)?;
+            self.xfrm.remove_policy(policy)?;
         }
-        removed.map_err(refused)
+        removed.map_err(Rejected::from)
     }
 
     /// Gives the kernel the policies that a tunnel should have now: new ones first, so that there is no gap.
@@ -227,26 +222,33 @@ impl Inner {
             .spec
             .children
             .iter()
-            .filter_map(|child| {
+            .map(|child| {
                 // A trap needs some address; the SAs that it leads to have their own.
                 let peer = tunnel.spec.routing.peers.first().copied();
-                Some(ChildPlan {
+                let trap = tunnel.reqids.get(&child.id).copied();
+                let sending = tunnel.outbound.get(&child.id).into_iter().flatten();
+                ChildPlan {
                     number: child.id.0,
-                    reqid: tunnel.reqid(child.id)?,
-                    outbound: tunnel
-                        .outbound
-                        .get(&child.id)
-                        .and_then(|sa| all.sas.get(sa))
-                        .map(|sa| (sa.spi, sa.outer, &sa.selectors)),
-                    inbound: selectors_of(&all.sas, id, child.id),
+                    outbound: sending
+                        .rev()
+                        .filter_map(|sa| all.sas.get(sa))
+                        .map(|sa| Sending {
+                            spi: sa.spi,
+                            outer: sa.outer,
+                            reqid: sa.reqid,
+                            selectors: &sa.selectors,
+                        })
+                        .collect(),
+                    inbound: received(&all.sas, id, child.id),
                     trap: peer
+                        .zip(trap)
                         .filter(|_| child.on_demand)
-                        .map(|peer| (&child.selectors, peer)),
-                })
+                        .map(|(peer, reqid)| (&child.selectors, peer, reqid)),
+                }
             })
             .collect();
         let wanted = plan(tunnel.if_id, &children).map_err(|error| {
-            rejected(
+            Rejected::by_kernel(
                 &format!("describe the selectors of {}", tunnel.spec.name),
                 &error,
             )
@@ -255,7 +257,7 @@ impl Inner {
             return Ok(());
         };
         for policy in wanted.difference(&tunnel.policies) {
-            self.xfrm.set_policy(policy).map_err(refused)?;
+            self.xfrm.set_policy(policy)?;
         }
         let replaced = |old: &Policy| {
             let mut wanted = wanted.iter();
@@ -263,7 +265,7 @@ impl Inner {
         };
         for policy in tunnel.policies.difference(&wanted) {
             if !replaced(policy) {
-                self.xfrm.remove_policy(policy).map_err(refused)?;
+                self.xfrm.remove_policy(policy)?;
             }
         }
         tunnel.policies = wanted;
@@ -275,7 +277,8 @@ impl Inner {
         let Some(tunnel) = all.tunnels.get_mut(&id) else {
             return;
         };
-        let sending = tunnel.outbound.values().filter_map(|sa| all.sas.get(sa));
+        let sending = tunnel.outbound.values().flatten();
+        let sending = sending.filter_map(|sa| all.sas.get(sa));
         let (mut least, mut v6) = (None::<u16>, false);
         for sa in sending {
             least = least.into_iter().chain(sa.inner_mtu).min();

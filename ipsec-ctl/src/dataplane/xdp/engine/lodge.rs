@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use ipsec_common::Spi;
 
-use super::{Engine, Inner, refused};
+use super::{Engine, Inner};
 use crate::dataplane::{
     routing::RoutingSpec,
     seam::{Event, Rejected, TunnelId},
@@ -57,7 +57,7 @@ impl Lodge {
         let mut control = self.0.control.lock().await;
         control.routing.set(id.0, device, Some(ifindex), routing);
         // At once: the first packet may come before the keeper does.
-        control.routing.protect(id.0).await.map_err(refused)?;
+        control.routing.protect(id.0).await?;
         self.0.dirty.notify_one();
         Ok(())
     }

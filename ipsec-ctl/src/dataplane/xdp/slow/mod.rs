@@ -162,7 +162,7 @@ impl SlowPath {
         let settings = device.tunnel.settings.load_full();
         let now = monotonic_seconds();
         for child in &settings.children {
-            if !child.waiting.any() || child.outbound.load().is_none() {
+            if !child.waiting.any() || child.outbound.load().is_empty() {
                 continue;
             }
             child.waiting.release(|packet| {
