@@ -107,6 +107,8 @@ pub struct IkeSa {
     pub remote_id: String,
     /// What NAT detection found.
     pub nat: String,
+    /// Its addresses can change while it is up (MOBIKE).
+    pub mobike: bool,
     /// Its age.
     pub age_seconds: u64,
     /// Message ID of our next request.

@@ -216,7 +216,7 @@ fn ike_sa(ike: &IkeSa) -> String {
         }
     };
     format!(
-        "{} <-> {}, {}, age {}, {}, NAT {}, SPIs {} {}",
+        "{} <-> {}, {}, age {}, {}, NAT {}{}, SPIs {} {}",
         address(ike.local),
         address(ike.remote),
         ike.suite,
@@ -227,6 +227,7 @@ fn ike_sa(ike: &IkeSa) -> String {
             "responder"
         },
         ike.nat,
+        if ike.mobike { ", MOBIKE" } else { "" },
         ike.initiator_spi,
         ike.responder_spi,
     )
@@ -283,6 +284,7 @@ mod tests {
                 local_id: "192.0.2.1".to_owned(),
                 remote_id: "203.0.113.9".to_owned(),
                 nat: "none".to_owned(),
+                mobike: true,
                 age_seconds: 61,
                 next_request: 5,
                 expected_request: 3,

@@ -92,6 +92,10 @@ pub struct Tunnel {
     pub keepalive: Duration,
     /// Longest IP datagram of IKE in bytes before a message is split (RFC 7383); none to split none.
     pub fragment_size: Option<u16>,
+    /// Addresses may change while the IKE SA is up, where the peer can, too (MOBIKE).
+    pub mobike: bool,
+    /// A peer that moves must show that it receives at its new address before ESP goes there.
+    pub return_routability: bool,
     /// The IKE SA comes up without a child, where the peer can.
     pub childless: bool,
     /// Liveness checks.

@@ -196,6 +196,18 @@ pub(super) const SECTIONS: &[Section] = &[
                 "Interval of NAT keep-alives.",
             ),
             key(
+                "mobike",
+                "`true`, `false`",
+                "`true`",
+                "Whether addresses may change while the IKE SA is up, where the peer can, too (MOBIKE, RFC 4555): see [Addresses that change](#addresses-that-change).",
+            ),
+            key(
+                "return_routability",
+                "`true`, `false`",
+                "`true`",
+                "Whether a peer that moves must show that it receives at its new address before ESP goes there. Without it the move takes a round trip less, and a peer can direct what we send it to others.",
+            ),
+            key(
                 "childless",
                 "`true`, `false`",
                 "`false`",
@@ -369,6 +381,7 @@ pub fn markdown() -> String {
         }
     }
     page.push_str(PEERS);
+    page.push_str(MOVES);
     page.push_str(PROPOSALS);
     page
 }
@@ -420,6 +433,22 @@ decides; without `remote_id` that is one of its addresses.
 | `set passive-mode enable` | `role = \"respond\"`, `on_dead = \"clear\"` |
 | `set remotegw-ddns` | a name in `peer` |
 | `set enforce-unique-id replace`, `keep-old`, `disable` | `unique` `\"replace\"`, `\"keep\"`, `\"never\"` |
+";
+
+const MOVES: &str = "
+## Addresses that change
+
+With `mobike = true` on both sides, the side that started the tunnel goes to another address when the kernel would send its
+packets to the peer from one: an address has come or gone, or another route leads to the peer. IKE and ESP SAs stay, and
+so do the packets but for those of the moment. It enters and leaves NAT with a move, and tries the peer's other addresses, of which the
+peer has told, when this one is silent. The side that was called moves only if its address is gone. With `local` an address
+is fixed and nothing moves away from it.
+
+The peer is told of this host's other addresses, without loopback, link-local ones, those inside of the tunnel's local
+selectors, and those of tunnel devices; of none with `local`.
+
+A peer without MOBIKE gets a fresh IKE SA from the new address as soon as the old one is gone. Whoever starts goes to UDP 4500 after
+IKE_SA_INIT even where there is no NAT (RFC 4555 section 3.3); a firewall must let it through.
 ";
 
 const PROPOSALS: &str = "

@@ -70,6 +70,8 @@ pub(super) struct TunnelTable {
     pub(super) nat: Nat,
     pub(super) fragment_size: Option<Spanned<u16>>,
     pub(super) keepalive: Option<Text>,
+    pub(super) mobike: Option<bool>,
+    pub(super) return_routability: Option<bool>,
     pub(super) childless: Option<bool>,
     #[serde(default)]
     pub(super) dpd: DpdTable,

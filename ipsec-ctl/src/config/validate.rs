@@ -219,6 +219,8 @@ fn tunnel(
         nat: raw.nat,
         keepalive: duration(raw.keepalive.as_ref(), 20, 1, problems),
         fragment_size: fragment_size(raw.fragment_size.as_ref(), problems),
+        mobike: raw.mobike.unwrap_or(true),
+        return_routability: raw.return_routability.unwrap_or(true),
         childless: raw.childless.unwrap_or(false),
         dpd,
         unique: raw.unique,

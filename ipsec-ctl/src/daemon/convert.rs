@@ -1,6 +1,6 @@
 //! Between the values of the configuration, of the endpoint and of the data plane, which do not know each other.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 use ipsec_common::TrafficSelector;
@@ -29,7 +29,12 @@ use crate::{
 };
 
 /// What the data plane is told of a tunnel.
-pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> TunnelSpec {
+pub(super) fn tunnel_spec(
+    id: TunnelId,
+    tunnel: &Tunnel,
+    places: &[Place],
+    elsewhere: &BTreeSet<IpAddr>,
+) -> TunnelSpec {
     TunnelSpec {
         id,
         name: tunnel.name.clone(),
@@ -52,7 +57,7 @@ pub(super) fn tunnel_spec(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> Tu
                 on_demand: is_on_demand(tunnel, child),
             })
             .collect(),
-        routing: routing_spec(tunnel, places),
+        routing: routing_spec(tunnel, places, elsewhere),
     }
 }
 
@@ -61,7 +66,7 @@ pub(super) fn is_on_demand(tunnel: &Tunnel, child: &Child) -> bool {
     tunnel.role == Role::OnDemand || child.on_dead == config::OnDead::Trap
 }
 
-fn routing_spec(tunnel: &Tunnel, places: &[Place]) -> RoutingSpec {
+fn routing_spec(tunnel: &Tunnel, places: &[Place], elsewhere: &BTreeSet<IpAddr>) -> RoutingSpec {
     let cover = |selectors: &dyn Fn(&Child) -> Vec<TrafficSelector>| {
         IpNet::aggregate(
             &tunnel
@@ -76,19 +81,20 @@ fn routing_spec(tunnel: &Tunnel, places: &[Place]) -> RoutingSpec {
         mode: tunnel.routes,
         remote: cover(&|child| child.remote.clone()),
         local: cover(&|child| child.local.clone()),
-        peers: peers(tunnel, places),
+        peers: peers(tunnel, places, elsewhere),
         outer_local: tunnel.local,
         addresses: tunnel.address.clone(),
         bypass: tunnel.bypass.clone(),
     }
 }
 
-/// The addresses of the peer, those that are written down and those that its names stand for.
-fn peers(tunnel: &Tunnel, places: &[Place]) -> Vec<IpAddr> {
+/// The addresses of the peer: those that are written down, those that its names stand for, and where it has moved to.
+fn peers(tunnel: &Tunnel, places: &[Place], elsewhere: &BTreeSet<IpAddr>) -> Vec<IpAddr> {
     let mut peers: Vec<IpAddr> = tunnel.peer.addresses().collect();
-    for way in all_ways(places) {
-        if !peers.contains(&way.remote) {
-            peers.push(way.remote);
+    let found = all_ways(places).into_iter().map(|way| way.remote);
+    for address in found.chain(elsewhere.iter().copied()) {
+        if !peers.contains(&address) {
+            peers.push(address);
         }
     }
     peers
@@ -175,6 +181,8 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> Pe
         },
         dpd_interval: tunnel.dpd.interval,
         dpd_timeout: tunnel.dpd.timeout,
+        mobike: tunnel.mobike,
+        return_routability: tunnel.return_routability,
         childless: tunnel.childless,
         unique: match tunnel.unique {
             config::Unique::Replace => Unique::Replace,

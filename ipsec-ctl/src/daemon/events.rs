@@ -1,6 +1,10 @@
 //! What the endpoint and the data plane tell, and what the daemon makes of it: installs, removals, lines in the log.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use tracing::{debug, info, warn};
 
@@ -63,7 +67,7 @@ fn tunnel_of(peer: PeerId) -> TunnelId {
 }
 
 impl Gateway {
-    fn name_of(&self, peer: PeerId) -> String {
+    pub(super) fn name_of(&self, peer: PeerId) -> String {
         self.tunnels
             .get(tunnel_of(peer))
             .map_or_else(|| "?".to_owned(), |tunnel| tunnel.config.name.clone())
@@ -120,6 +124,7 @@ impl Gateway {
             }
             Event::Moved(sa, outer) => self.moved(sa, outer).await,
             Event::Exhausted(peer) => self.look_up(tunnel_of(peer)),
+            Event::Unreachable(ike) => self.unreachable(ike),
             Event::Failed(failure) => self.failed(&failure),
         }
     }
@@ -260,13 +265,31 @@ impl Gateway {
             Sends::NoMore => {}
         }
         let tunnel = self.name_of(PeerId(id.0));
-        info!(tunnel, peer = %outer.remote, "the peer has another address");
+        info!(tunnel, local = %outer.local, peer = %outer.remote, udp = outer.encapsulated, "an SA pair has other addresses");
+        self.note_where_peers_are(id).await;
         for sa in installed {
             let command = seam::Command::MoveOuter(sa, convert::outer(&outer));
             if let Err(cause) = self.engine.command(command).await {
                 warn!(tunnel, %cause, "an SA could not be moved");
             }
         }
+    }
+
+    /// The data plane knows the peer's addresses, those that it has moved to, too: its packets must not go into tunnels.
+    async fn note_where_peers_are(&mut self, id: TunnelId) {
+        let Some(tunnel) = self.tunnels.get_mut(id) else {
+            return;
+        };
+        let elsewhere: BTreeSet<IpAddr> = tunnel
+            .pairs
+            .values()
+            .map(|pair| pair.outer.remote.ip())
+            .collect();
+        if tunnel.elsewhere == elsewhere {
+            return;
+        }
+        tunnel.elsewhere = elsewhere;
+        self.set_tunnel(id).await;
     }
 
     fn failed(&mut self, failure: &Failure) {

@@ -1,6 +1,7 @@
 //! The daemon's state and its loop.
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -16,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     convert,
     jobs::Pool,
+    paths::Paths,
     peers::{Found, Lookups},
     supervise::{PlaneError, Supervisor},
     tunnels::Tunnels,
@@ -78,6 +80,7 @@ pub(super) struct Gateway {
     pub(super) started: Instant,
     pub(super) failures: super::events::LogLimit,
     pub(super) lookups: Lookups,
+    pub(super) paths: Paths,
     found: mpsc::UnboundedReceiver<Found>,
     pool: Pool<Job>,
     results: mpsc::UnboundedReceiver<JobResult>,
@@ -95,7 +98,8 @@ impl Gateway {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
         let (engine, events) = supervisor.attach(true).await?;
         let (pool, results) = Pool::start(Job::run).map_err(StartError::Runtime)?;
-        let (lookups, found) = Lookups::new(netlink, config.mark);
+        let (lookups, found) = Lookups::new(netlink.clone(), config.mark);
+        let paths = Paths::start(netlink, config.mark).map_err(StartError::Runtime)?;
         let endpoint = Endpoint::new(
             EndpointConfig {
                 ike_port: config.ports.ike,
@@ -114,6 +118,7 @@ impl Gateway {
             started: Instant::now(),
             failures: super::events::LogLimit::default(),
             lookups,
+            paths,
             found,
             pool,
             results,
@@ -177,6 +182,7 @@ impl Gateway {
                     self.endpoint.handle_job(now, result);
                 }
                 Some(found) = self.found.recv() => self.found(found).await,
+                step = self.paths.next() => self.path_step(step),
                 Some(request) = requests.recv() => self.request(request).await,
                 () = sleep_until(due.into()) => {
                     let now = self.now();
@@ -266,7 +272,7 @@ impl Gateway {
         let starts = config.role == Role::Initiate;
         let on_demand = config.role == Role::OnDemand;
         let id = self.tunnels.add(config.clone());
-        let spec = convert::tunnel_spec(id, &config, &[]);
+        let spec = convert::tunnel_spec(id, &config, &[], &BTreeSet::new());
         if let Err(rejected) = self
             .engine
             .command(seam::Command::SetTunnel(Box::new(spec)))

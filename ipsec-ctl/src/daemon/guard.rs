@@ -1,6 +1,6 @@
 //! What holds without a daemon: backstops before it starts, and the way to take all of it down.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
 use super::convert;
 use crate::{
@@ -30,7 +30,8 @@ pub fn guard(config: &Config) -> io::Result<String> {
         );
         let mut prefixes = 0;
         for (number, tunnel) in (1..).zip(&config.tunnels) {
-            let spec = convert::tunnel_spec(TunnelId(number), tunnel, &[]).routing;
+            let spec =
+                convert::tunnel_spec(TunnelId(number), tunnel, &[], &BTreeSet::new()).routing;
             prefixes += spec.remote.len();
             // A device that a dead daemon has left stays in its place: it is down or has no reader, so it blocks, too. Behind
             // an xfrm interface the kernel's policies let through only what its states protect.

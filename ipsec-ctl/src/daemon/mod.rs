@@ -10,6 +10,7 @@ mod gateway;
 mod guard;
 mod jobs;
 mod log;
+mod paths;
 mod peers;
 mod reload;
 mod report;

@@ -250,11 +250,7 @@ impl Gateway {
         tunnel.places = found.places;
         let (config, places) = (tunnel.config.clone(), tunnel.places.clone());
         if moved {
-            let spec = convert::tunnel_spec(id, &config, &places);
-            let command = seam::Command::SetTunnel(Box::new(spec));
-            if let Err(cause) = self.engine.command(command).await {
-                warn!(tunnel = config.name, %cause, "the peer's addresses could not be set");
-            }
+            self.set_tunnel(id).await;
         }
         if changed {
             let peer = convert::peer_config(id, &config, &places);
@@ -262,6 +258,19 @@ impl Gateway {
                 .handle_command(now, Command::SetPeer(Box::new(peer)));
         }
         self.start_if_pending(id);
+    }
+
+    /// Tells the data plane where a tunnel's peer is.
+    pub(super) async fn set_tunnel(&self, id: TunnelId) {
+        let Some(tunnel) = self.tunnels.get(id) else {
+            return;
+        };
+        let config = &tunnel.config;
+        let spec = convert::tunnel_spec(id, config, &tunnel.places, &tunnel.elsewhere);
+        let command = seam::Command::SetTunnel(Box::new(spec));
+        if let Err(cause) = self.engine.command(command).await {
+            warn!(tunnel = config.name, %cause, "the peer's addresses could not be set");
+        }
     }
 
     fn start_if_pending(&mut self, id: TunnelId) {

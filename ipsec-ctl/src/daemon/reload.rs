@@ -90,12 +90,12 @@ impl Gateway {
             self.remove_tunnel(id).await;
             return self.add_tunnel(new.clone()).await;
         }
-        let places = self
+        let (places, elsewhere) = self
             .tunnels
             .get(id)
-            .map(|tunnel| tunnel.places.clone())
+            .map(|tunnel| (tunnel.places.clone(), tunnel.elsewhere.clone()))
             .unwrap_or_default();
-        let spec = convert::tunnel_spec(id, new, &places);
+        let spec = convert::tunnel_spec(id, new, &places, &elsewhere);
         self.engine
             .command(seam::Command::SetTunnel(Box::new(spec)))
             .await?;

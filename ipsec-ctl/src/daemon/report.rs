@@ -219,6 +219,7 @@ impl Gateway {
             local_id: info.local_id.to_string(),
             remote_id: info.remote_id.to_string(),
             nat: convert::nat_words(info).to_owned(),
+            mobike: info.mobike,
             age_seconds: (self.now() - info.since).as_secs(),
             next_request: info.next_request,
             expected_request: info.expected_request,

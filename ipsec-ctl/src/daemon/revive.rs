@@ -40,7 +40,7 @@ impl Gateway {
             let Some(tunnel) = self.tunnels.get(id) else {
                 continue;
             };
-            let spec = convert::tunnel_spec(id, &tunnel.config, &tunnel.places);
+            let spec = convert::tunnel_spec(id, &tunnel.config, &tunnel.places, &tunnel.elsewhere);
             let name = tunnel.config.name.clone();
             let command = seam::Command::SetTunnel(Box::new(spec));
             if let Err(cause) = self.engine.command(command).await {

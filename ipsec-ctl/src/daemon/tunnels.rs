@@ -1,7 +1,7 @@
 //! What the daemon knows of each configured tunnel beyond its configuration.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     time::Instant,
 };
@@ -33,6 +33,8 @@ pub(super) struct TunnelState {
     pub(super) failure: Option<String>,
     /// Where its peer is, as far as that is known.
     pub(super) places: Vec<Place>,
+    /// Where its peer has moved to since.
+    pub(super) elsewhere: BTreeSet<IpAddr>,
     /// When its peer was looked up last.
     pub(super) looked_up: Instant,
     /// Why the last attempt with an address of the peer failed, if it did.
@@ -128,6 +130,7 @@ impl Tunnels {
                 pending: false,
                 failure: None,
                 places: Vec::new(),
+                elsewhere: BTreeSet::new(),
                 looked_up: Instant::now(),
                 failed: BTreeMap::new(),
                 mtu: None,

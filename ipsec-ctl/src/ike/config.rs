@@ -165,6 +165,10 @@ pub struct PeerConfig {
     pub dpd_interval: Duration,
     /// Time after which an unanswered request means that the peer is dead.
     pub dpd_timeout: Duration,
+    /// Addresses may change while the IKE SA is up, where the peer can, too (MOBIKE, RFC 4555).
+    pub mobike: bool,
+    /// A peer that moves must show that it receives at its new address before ESP goes there (RFC 4555 section 3.7).
+    pub return_routability: bool,
     /// IKE_AUTH brings no child where the responder allows that (RFC 6023).
     pub childless: bool,
     /// Which of several IKE SAs with one identity stay.

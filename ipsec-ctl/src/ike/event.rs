@@ -1,6 +1,6 @@
 //! What an endpoint is told and what it tells: plain values.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipsec_common::{Spi, TrafficSelector};
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,10 @@ pub enum Command {
     Expired(ChildSaId),
     /// An authentic ESP packet of the pair came from another address or port.
     PeerMoved(ChildSaId, SocketAddr),
+    /// Our addresses in all: those of the host that peers may be told of.
+    Addresses(Vec<IpAddr>),
+    /// An IKE SA goes on between other addresses, ours first. One whose peer cannot is replaced by a fresh one.
+    MoveTo(IkeSaId, IpAddr, IpAddr),
     /// Deletes everything.
     Shutdown,
 }
@@ -115,6 +119,9 @@ pub enum Event {
     /// All addresses of a peer have been tried in vain. The next attempt begins with the first again; what its names
     /// stand for may be looked up before.
     Exhausted(PeerId),
+    /// Nothing comes back from the peer at its address in use; it has others, which may be tried with
+    /// [`Command::MoveTo`].
+    Unreachable(IkeSaId),
     /// Something failed, or was refused.
     Failed(Box<Failure>),
 }
@@ -153,6 +160,12 @@ pub struct IkeInfo {
     pub nat_local: bool,
     /// NAT in front of the peer.
     pub nat_remote: bool,
+    /// The addresses can change while it is up (MOBIKE, RFC 4555).
+    pub mobike: bool,
+    /// Which addresses are used is ours to decide: we have started it, or the one that it has taken the place of.
+    pub leads: bool,
+    /// The peer's addresses that may be used instead, the one in use first.
+    pub ways_to_peer: Vec<IpAddr>,
     /// When it was authenticated.
     pub since: Time,
     /// Message ID of our next request.
@@ -241,6 +254,8 @@ pub enum Stage {
     Auth,
     /// A child, within IKE_AUTH or by CREATE_CHILD_SA.
     Child,
+    /// A change of addresses.
+    Move,
 }
 
 /// A failure, for people and for counters.
@@ -300,6 +315,9 @@ pub enum FailureReason {
     /// The peer takes no more SAs.
     #[error("the peer takes no further SAs")]
     NoAdditionalSas,
+    /// The peer does not want to be reached from our new address.
+    #[error("the peer does not accept our new address")]
+    UnacceptableAddresses,
     /// Another error from the peer.
     #[error("the peer reported an error")]
     PeerError,

@@ -277,11 +277,29 @@ impl Endpoint {
                 ike.volume_reached(shared, now, sa, true);
             }),
             Command::PeerMoved(sa, remote) => {
-                self.with_child(sa, |ike, shared| ike.peer_moved(shared, remote));
+                self.with_child(sa, |ike, shared| ike.peer_moved(shared, now, remote));
+            }
+            Command::Addresses(addresses) => self.our_addresses(now, addresses),
+            Command::MoveTo(ike, local, remote) => {
+                self.touched.push(ike);
+                if let Some(sa) = self.sas.get_mut(&ike) {
+                    sa.move_to(&mut self.shared, now, local, remote);
+                }
             }
             Command::Shutdown => self.shutdown(now),
         }
         self.settle(now);
+    }
+
+    fn our_addresses(&mut self, now: Time, addresses: Vec<IpAddr>) {
+        if self.shared.addresses == addresses {
+            return;
+        }
+        self.shared.addresses = addresses;
+        self.touched.extend(self.sas.keys());
+        for sa in self.sas.values_mut() {
+            sa.addresses_changed(&mut self.shared, now);
+        }
     }
 
     fn with_child(&mut self, sa: ChildSaId, act: impl FnOnce(&mut IkeSa, &mut Shared)) {
@@ -465,6 +483,12 @@ impl Endpoint {
                         from.deleted_as_redundant(&mut self.shared, now);
                     }
                 }
+                FollowUp::Yields(ike) => {
+                    self.touched.push(ike);
+                    if let Some(sa) = self.sas.get_mut(&ike) {
+                        sa.retire(now + grace(sa.initiator));
+                    }
+                }
                 FollowUp::Doubt(ike) => {
                     self.touched.push(ike);
                     if let Some(sa) = self.sas.get_mut(&ike) {
@@ -513,7 +537,6 @@ impl Endpoint {
         let (ours, nonce) = (newest.initiator, newest.lowest_nonce().to_vec());
         let identity = newest.remote_id.clone();
         let unique = self.shared.unique(peer);
-        let mut yields = false;
         for other in self.sas.values_mut() {
             if other.id == ike || other.peer != Some(peer) || other.state != State::Up {
                 continue;
@@ -525,18 +548,16 @@ impl Endpoint {
             if initial_contact {
                 other.close(&mut self.shared, DownReason::InitialContact, Closed::Wanted);
             } else if other.initiator != ours && other.is_as_young(now) {
-                // Both sides have started at once. Both know both pairs of nonces, so both let the same one go.
+                // Both sides have started at once. Both know both pairs of nonces, so both let the same one go: unless the
+                // peer has started anew and knows of one only, which is seen when it is asked.
                 if other.lowest_nonce() < nonce.as_slice() {
                     other.retire(now + grace(other.initiator));
                 } else {
-                    yields = true;
+                    other.stays_if_alive(&mut self.shared, now, ike);
                 }
             } else {
                 other.retire(now + grace(ours));
             }
-        }
-        if yields && let Some(newest) = self.sas.get_mut(&ike) {
-            newest.retire(now + grace(ours));
         }
     }
 
@@ -544,9 +565,14 @@ impl Endpoint {
         let Some(peer) = peer else { return };
         let alone = !self.has_ike_sa(peer);
         self.touch(peer);
+        if alone && why == Closed::Dead {
+            self.shared.peer_died(peer);
+        }
         match why {
             Closed::Wanted if self.shared.role(peer) != Some(Role::Initiate) => {}
-            Closed::Wanted | Closed::Lost if alone => self.shared.try_again(peer, now, false),
+            Closed::Wanted | Closed::Lost | Closed::Dead if alone => {
+                self.shared.try_again(peer, now, false);
+            }
             Closed::Failed if alone => self.shared.try_again(peer, now, true),
             Closed::Failed => {
                 let pause = self.shared.back_off(peer);
@@ -554,7 +580,7 @@ impl Endpoint {
                     sa.not_replaced(now, pause);
                 }
             }
-            Closed::Wanted | Closed::Lost => {}
+            Closed::Wanted | Closed::Lost | Closed::Dead => {}
         }
     }
 

@@ -216,7 +216,7 @@ impl Shared {
     }
 
     /// The peer is dead: some of its children are not started again by us, and if none is, neither is the tunnel.
-    pub(in crate::ike) fn peer_died(&mut self, id: PeerId) {
+    pub(super) fn peer_died(&mut self, id: PeerId) {
         let Some(peer) = self.peers.by_id.get_mut(&id) else {
             return;
         };

@@ -86,6 +86,8 @@ pub(in crate::ike) struct Shared {
     pub(super) peers: Peers,
     /// Those who are up with peers that take no second one, while an IKE_AUTH request is dealt with.
     pub(in crate::ike) present: Vec<Present>,
+    /// Our addresses that peers may be told of.
+    pub(in crate::ike) addresses: Vec<IpAddr>,
     spis: BTreeSet<u32>,
     ike_spis: BTreeSet<IkeSpi>,
     handover: Handover,
@@ -106,6 +108,7 @@ impl Shared {
             follow_ups: VecDeque::new(),
             peers: Peers::default(),
             present: Vec::new(),
+            addresses: Vec::new(),
             spis: BTreeSet::new(),
             ike_spis: BTreeSet::new(),
             handover: Handover::default(),

@@ -85,6 +85,8 @@ pub fn peer(role: Role) -> PeerConfig {
         proposals: vec!["aes256gcm16-prfsha256-x25519".parse().expect("a proposal")],
         nat: NatPolicy::Auto,
         fragment_size: Some(1280),
+        mobike: true,
+        return_routability: true,
         childless: false,
         reauth: false,
         keepalive: Duration::from_secs(20),

@@ -2,7 +2,7 @@
 
 use ipsec_common::Spi;
 
-use super::{Closed, Exchange, FollowUp, IkeSa, Packet, State, Task, rekey::Succession};
+use super::{Closed, Exchange, FollowUp, IkeSa, Packet, State, Task, mobike, rekey::Succession};
 use crate::ike::{
     config::ChildName,
     endpoint::Shared,
@@ -47,13 +47,13 @@ impl IkeSa {
             .collect();
         let ours = self.deleted_by_name(shared, now, &named);
         let delete_ours = Payload::Delete(Delete::Esp(ours.iter().copied().map(Spi).collect()));
+        let addresses = self.addresses_asked(shared, now, request);
+        let mut payloads = mobike::payloads(&addresses);
         // RFC 7296 section 1.4.1: the answer to a Delete names the other half of each pair.
-        let payloads = if ours.is_empty() {
-            &[][..]
-        } else {
-            std::slice::from_ref(&delete_ours)
-        };
-        self.respond(shared, now, kind, bytes, payloads);
+        if !ours.is_empty() {
+            payloads.push(delete_ours);
+        }
+        self.respond(shared, now, kind, bytes, &payloads);
     }
 
     fn deleted_by_peer(&mut self, shared: &mut Shared, now: Time) {

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, rekey::Succession,
-    sync::sync_supported,
+    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, mobike,
+    rekey::Succession, sync::sync_supported,
 };
 use crate::ike::{
     Identity,
@@ -79,8 +79,10 @@ impl IkeSa {
             expected_request: 0,
             outstanding: None,
             answered: None,
+            asked_from: (local, remote),
             fragments: super::fragments::Fragments::default(),
             sync: super::sync::Sync::default(),
+            mobike: super::mobike::Mobike::default(),
             tasks: VecDeque::new(),
             job: None,
             asking: None,
@@ -92,6 +94,7 @@ impl IkeSa {
             child_failures: 0,
             heard: now,
             sent: now,
+            younger: None,
             life: None,
             succession: Succession::InForce,
         }
@@ -354,7 +357,7 @@ impl IkeSa {
             return;
         }
         // RFC 7296 section 2.23: with a NAT in between, everything moves to port 4500 from here on.
-        if self.encapsulates(shared) {
+        if self.encapsulates(shared) || self.leaves_ike_port(shared) {
             self.local.set_port(shared.config.nat_port);
             self.remote.set_port(crate::ike::endpoint::NAT_PORT);
         }
@@ -438,6 +441,8 @@ impl IkeSa {
             ]);
         }
         payloads.push(sync_supported());
+        let mobike = self.offer_mobike(shared);
+        payloads.extend(mobike::payloads(&mobike));
         self.local_id = Some(id);
         self.state = State::AuthSent;
         self.next_request = 1;
@@ -492,6 +497,7 @@ impl IkeSa {
         }
         self.remote_id = Some(identity);
         self.sync.agreed = notifies.has(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED);
+        self.agree_on_mobike(shared, notifies);
         self.come_up(shared, now, false);
         let first = pending.as_ref().map(|pending| pending.child);
         if let Some(pending) = pending {

@@ -7,6 +7,7 @@ mod child;
 mod fragments;
 mod informational;
 mod initiate;
+mod mobike;
 mod rekey;
 mod requests;
 mod respond;
@@ -102,8 +103,14 @@ pub(super) enum Task {
         /// AUTHENTICATION_FAILED goes with it.
         refused: bool,
     },
-    /// An empty request, to see whether the peer lives.
+    /// A request to see whether the peer lives.
     Liveness,
+    /// UPDATE_SA_ADDRESSES: the addresses in use are others than before.
+    UpdateAddresses,
+    /// A request to see whether the peer receives at its new address.
+    CheckPath,
+    /// Our further addresses.
+    TellAddresses,
 }
 
 /// A request that has no response yet.
@@ -129,6 +136,9 @@ pub(super) enum Exchange {
     DeleteChildren(Vec<u32>),
     DeleteIke,
     Liveness,
+    UpdateAddresses(mobike::Probe),
+    CheckPath(mobike::Probe),
+    TellAddresses,
 }
 
 impl Exchange {
@@ -141,7 +151,10 @@ impl Exchange {
             | Self::RekeyIke(_)
             | Self::DeleteChildren(_)
             | Self::DeleteIke
-            | Self::Liveness => None,
+            | Self::Liveness
+            | Self::UpdateAddresses(_)
+            | Self::CheckPath(_)
+            | Self::TellAddresses => None,
         }
     }
 }
@@ -184,6 +197,8 @@ pub(super) enum FollowUp {
         /// The one that both were to replace, and that ours still is.
         to: IkeSaId,
     },
+    /// Of two that were started at once, this one goes: the other lives.
+    Yields(IkeSaId),
     /// Another claims its identity: does its peer still live?
     Doubt(IkeSaId),
 }
@@ -193,8 +208,10 @@ pub(super) enum FollowUp {
 pub(super) enum Closed {
     /// It never came up.
     Failed,
-    /// It was up and the peer is gone or wants it no more.
+    /// It was up and the peer wants it no more.
     Lost,
+    /// It was up and the peer does not answer any more.
+    Dead,
     /// We wanted it so.
     Wanted,
 }
@@ -233,8 +250,11 @@ pub(super) struct IkeSa {
     expected_request: u32,
     outstanding: Option<Outstanding>,
     answered: Option<Answered>,
+    /// Our address and the peer's of the request that is being answered: there the response goes.
+    asked_from: mobike::Path,
     fragments: fragments::Fragments,
     sync: sync::Sync,
+    mobike: mobike::Mobike,
     tasks: VecDeque<Task>,
     job: Option<JobId>,
     /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.
@@ -251,6 +271,8 @@ pub(super) struct IkeSa {
     child_failures: u32,
     heard: Time,
     sent: Time,
+    /// One that was started at once with this one, and goes if this one is heard of again.
+    younger: Option<IkeSaId>,
     /// When it is replaced and when it ends, once it is authenticated.
     life: Option<Lifetime>,
     succession: Succession,
@@ -336,6 +358,9 @@ impl IkeSa {
             remote_id: self.remote_id.clone()?,
             nat_local: self.nat.local,
             nat_remote: self.nat.remote,
+            mobike: self.mobike.agreed,
+            leads: self.mobike.leads(),
+            ways_to_peer: self.ways_to_peer(),
             since: self.established?,
             next_request: self.next_request,
             expected_request: self.expected_request,
@@ -487,6 +512,12 @@ impl IkeSa {
         self.succession = Succession::Retires { at, why };
     }
 
+    /// Of two that were started at once this is the one to stay, if the peer still knows it.
+    pub(super) fn stays_if_alive(&mut self, shared: &mut Shared, now: Time, younger: IkeSaId) {
+        self.younger = Some(younger);
+        self.ask_if_alive(shared, now);
+    }
+
     /// Whether another has taken its place.
     pub(super) fn is_retiring(&self) -> bool {
         matches!(self.succession, Succession::Retires { .. })
@@ -531,11 +562,11 @@ impl IkeSa {
     }
 
     fn outer(&self, shared: &Shared) -> OuterAddresses {
-        OuterAddresses {
+        self.held().unwrap_or_else(|| OuterAddresses {
             local: self.local,
             remote: self.remote,
             encapsulated: self.encapsulates(shared),
-        }
+        })
     }
 
     /// Whether ESP goes in UDP: what detection found, or what the configuration forces on a peer that can.

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use zeroize::Zeroizing;
 
 use super::{
-    Answered, Exchange, IkeSa, Outstanding, State, Task, child::ChildJob, rekey::Succession,
-    sync::Numbers,
+    Answered, Closed, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob,
+    mobike::Path, rekey::Succession, sync::Numbers,
 };
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
     endpoint::{Refusal, Shared},
-    event::{Event, Transmit},
+    event::{DownReason, Event, Transmit},
     exchange::{AuthRequest, AuthResponse, ChildRequest, ChildResponse, Informational, SortError},
     message::{
         ExchangeType, Flags, Header, Message, MessageId, Payload, PayloadType, parse_payloads,
@@ -102,6 +102,20 @@ impl IkeSa {
         });
     }
 
+    /// Sends a response.
+    // RFC 7296 section 2.11: to where the request came from, and from where it came to.
+    fn reply(&mut self, shared: &mut Shared, now: Time, datagrams: Vec<Vec<u8>>) {
+        self.sent = now;
+        let (local, remote) = self.asked_from;
+        shared
+            .transmits
+            .extend(datagrams.into_iter().map(|bytes| Transmit {
+                local,
+                remote,
+                bytes,
+            }));
+    }
+
     /// Sends an encrypted request; there must be none outstanding.
     pub(super) fn request(
         &mut self,
@@ -156,7 +170,7 @@ impl IkeSa {
             request: request.to_vec(),
             response: datagrams.clone(),
         });
-        self.transmit_all(shared, now, datagrams);
+        self.reply(shared, now, datagrams);
     }
 
     pub(super) fn respond_notify(
@@ -189,13 +203,10 @@ impl IkeSa {
                 Some(Task::RekeyChild(sa)) => self.rekey_child(shared, now, sa),
                 Some(Task::DeleteChildren(spis)) => self.delete_children(shared, now, &spis),
                 Some(Task::DeleteIke { refused }) => self.delete_ike(shared, now, refused),
-                Some(Task::Liveness) => self.request(
-                    shared,
-                    now,
-                    ExchangeType::INFORMATIONAL,
-                    &[],
-                    Exchange::Liveness,
-                ),
+                Some(Task::Liveness) => self.ask_for_life(shared, now),
+                Some(Task::UpdateAddresses) => self.update_addresses(shared, now),
+                Some(Task::CheckPath) => self.check_path(shared, now),
+                Some(Task::TellAddresses) => self.tell_addresses(shared, now),
             }
         }
     }
@@ -211,7 +222,14 @@ impl IkeSa {
             Some(
                 Task::Child(_) | Task::Pair(..) | Task::RekeyChild(_) | Task::DeleteChildren(_),
             ) => !undecided && !peer_rekeys_ike(),
-            Some(Task::DeleteIke { .. } | Task::Liveness) | None => true,
+            Some(
+                Task::DeleteIke { .. }
+                | Task::Liveness
+                | Task::UpdateAddresses
+                | Task::CheckPath
+                | Task::TellAddresses,
+            )
+            | None => true,
         }
     }
 
@@ -254,7 +272,7 @@ impl IkeSa {
         let is_late = !self.is_in_window(header) || self.state == State::Lingering;
         let may_sync = part.is_none() && self.may_synchronize(header);
         if is_late && !may_sync && !self.is_last_request_again(header, part) {
-            return self.out_of_window(shared, now, header, bytes);
+            return self.out_of_window(shared, now, from, header, bytes);
         }
         let chain = match sk::open(bytes, encrypted, suite, theirs) {
             Ok(chain) => chain,
@@ -262,15 +280,17 @@ impl IkeSa {
         };
         // From here on the message is the peer's own.
         self.heard = now;
+        let yields = self.younger.take().map(FollowUp::Yields);
+        shared.follow_ups.extend(yields);
         if may_sync && let Some(numbers) = Self::proposed(encrypted.first, &chain) {
             self.synchronize(shared, now, bytes, numbers);
             return self.next_task(shared, now);
         }
         if is_late && part.is_none() {
-            return self.out_of_window(shared, now, header, bytes);
+            return self.out_of_window(shared, now, from, header, bytes);
         }
         if is_late {
-            return self.respond_again(shared, now);
+            return self.respond_again(shared, now, from);
         }
         let (first, chain) = match part {
             None => (encrypted.first, chain),
@@ -283,6 +303,7 @@ impl IkeSa {
             self.handle_response(shared, now, header, first, &chain);
         } else {
             self.follow(shared, from);
+            self.asked_from = from;
             let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
             self.handle_request(shared, now, header, bytes, first, &chain);
             // A further request proves that our last response has arrived, and what it agreed on is installed.
@@ -294,17 +315,22 @@ impl IkeSa {
     }
 
     /// A message without protection proves nothing.
-    // RFC 7296 section 2.4: it is a hint at most. Who deletes an IKE SA that the peer does not know need not go on.
+    // RFC 7296 section 2.4: it is a hint at most. Who deletes an IKE SA that the peer does not know need not go on, and of
+    // two that were started at once the one that it does not know is not the one to stay.
     fn unprotected(&mut self, shared: &mut Shared, message: &Message<'_>) {
         let forgotten = message.payloads.iter().any(|payload| {
             matches!(payload, Payload::Notify(notify) if notify.kind == NotifyType::INVALID_IKE_SPI)
         });
-        let asked = self.outstanding.as_ref().is_some_and(|outstanding| {
-            matches!(outstanding.exchange, Exchange::DeleteIke)
+        let asked = self.outstanding.as_ref().filter(|outstanding| {
+            forgotten
+                && message.header.flags.response
                 && MessageId(outstanding.message_id) == message.header.message_id
         });
-        if forgotten && asked && message.header.flags.response {
+        let deletes = |sent: &Outstanding| matches!(sent.exchange, Exchange::DeleteIke);
+        if asked.is_some_and(deletes) {
             self.deleted(shared);
+        } else if asked.is_some() && self.younger.take().is_some() {
+            self.close(shared, DownReason::Replaced, Closed::Wanted);
         } else {
             shared.refuse(Refusal::NotEncrypted);
         }
@@ -323,13 +349,20 @@ impl IkeSa {
 
     /// A repeated request gets the same response again, whatever has happened since.
     // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed and nothing is computed.
-    fn out_of_window(&mut self, shared: &mut Shared, now: Time, header: &Header, bytes: &[u8]) {
+    fn out_of_window(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        from: Path,
+        header: &Header,
+        bytes: &[u8],
+    ) {
         let is_repeated = self
             .answered
             .as_ref()
             .is_some_and(|answered| !header.flags.response && answered.request == bytes);
         if is_repeated {
-            self.respond_again(shared, now);
+            self.respond_again(shared, now, from);
         } else {
             shared.refuse(Refusal::OutOfWindow);
         }
@@ -345,23 +378,25 @@ impl IkeSa {
             && part.is_some_and(|part| part.number == 1)
     }
 
-    fn respond_again(&mut self, shared: &mut Shared, now: Time) {
+    fn respond_again(&mut self, shared: &mut Shared, now: Time, from: Path) {
         let response = self
             .answered
             .as_ref()
             .map(|answered| answered.response.clone());
-        self.transmit_all(shared, now, response.unwrap_or_default());
+        self.asked_from = from;
+        self.reply(shared, now, response.unwrap_or_default());
     }
 
     /// Follows a peer whose NAT has given it another address or port.
     // RFC 7296 section 2.23: only on an authentic message, and only by the side that is not behind a NAT itself. The
-    // first request after IKE_SA_INIT may come from port 4500.
+    // first request after IKE_SA_INIT may come from port 4500. RFC 4555 section 3.8: with MOBIKE only UPDATE_SA_ADDRESSES
+    // moves anything, so that any other request can be used to try a path.
     fn follow(&mut self, shared: &mut Shared, (local, remote): (SocketAddr, SocketAddr)) {
         if (local, remote) == (self.local, self.remote) {
             return;
         }
         let floats = self.state == State::AwaitAuth && remote.ip() == self.remote.ip();
-        if floats || (self.nat.remote && !self.nat.local) {
+        if floats || (self.nat.remote && !self.nat.local && !self.mobike.agreed) {
             self.local = local;
             self.remote = remote;
             self.tell_moved(shared);
@@ -369,14 +404,20 @@ impl IkeSa {
     }
 
     /// The data plane saw an authentic ESP packet from elsewhere.
-    pub(in crate::ike) fn peer_moved(&mut self, shared: &mut Shared, remote: SocketAddr) {
-        if self.nat.remote && !self.nat.local && self.remote != remote {
+    pub(in crate::ike) fn peer_moved(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        remote: SocketAddr,
+    ) {
+        let tells = self.nat.remote && !self.nat.local && self.esp_tells(now);
+        if tells && self.remote != remote {
             self.remote = remote;
             self.tell_moved(shared);
         }
     }
 
-    fn tell_moved(&self, shared: &mut Shared) {
+    pub(super) fn tell_moved(&self, shared: &mut Shared) {
         let outer = self.outer(shared);
         for child in &self.children {
             shared.events.push_back(Event::Moved(child.id, outer));
@@ -484,7 +525,13 @@ impl IkeSa {
                 self.children_deleted(shared, now, &spis);
                 Ok(())
             }
-            Exchange::Liveness => Ok(()),
+            Exchange::Liveness => Informational::sort(payloads)
+                .map(|response| self.lives(shared, now, &response.notifies)),
+            Exchange::UpdateAddresses(probe) => Informational::sort(payloads)
+                .map(|response| self.update_answered(shared, now, &probe, &response.notifies)),
+            Exchange::CheckPath(probe) => Informational::sort(payloads)
+                .map(|response| self.path_answered(shared, now, &probe, &response.notifies)),
+            Exchange::TellAddresses => Ok(()),
             exchange @ (Exchange::Init
             | Exchange::Auth(_)
             | Exchange::Child(_)

@@ -6,6 +6,7 @@ use super::{
     Closed, FollowUp, IkeSa, State,
     child::PendingChild,
     initiate::{NONCE_BYTES, check_psk, fragmentation_supported, id_body, nat_notifies},
+    mobike,
     sync::sync_supported,
 };
 use crate::ike::{
@@ -181,6 +182,7 @@ impl IkeSa {
             .unwrap_or_else(|| Identity::from(self.local.ip()));
         self.local_id = Some(ours.clone());
         let initial_contact = request.notifies.has(NotifyType::INITIAL_CONTACT);
+        self.agree_on_mobike(shared, &request.notifies);
         self.come_up(shared, now, initial_contact);
         self.answer_auth(shared, now, bytes, &peer, &ours, request);
         // Those that the initiator does not bring in time are ours to ask for, if we are to keep the tunnel up.
@@ -314,6 +316,12 @@ impl IkeSa {
         if self.sync.agreed {
             payloads.push(sync_supported());
         }
+        let mobike = if self.mobike.agreed {
+            self.offer_mobike(shared)
+        } else {
+            Vec::new()
+        };
+        payloads.extend(mobike::payloads(&mobike));
         let spi = PendingChild::spi_of(answer.as_ref());
         if let Some(answer) = &answer {
             PendingChild::answer_payloads(answer, &spi, &mut payloads);

@@ -184,6 +184,9 @@ impl IkeSa {
             Exchange::DeleteChildren(spis) => self.tasks.push_front(Task::DeleteChildren(spis)),
             Exchange::DeleteIke => self.tasks.push_front(Task::DeleteIke { refused: false }),
             Exchange::Liveness => self.tasks.push_front(Task::Liveness),
+            Exchange::UpdateAddresses(_) => self.tasks.push_front(Task::UpdateAddresses),
+            Exchange::CheckPath(_) => self.tasks.push_front(Task::CheckPath),
+            Exchange::TellAddresses => self.tasks.push_front(Task::TellAddresses),
             // There is nothing to synchronize before IKE_AUTH is answered.
             exchange @ (Exchange::Init | Exchange::Auth(_)) => {
                 shared.release_pending(exchange.spi());

@@ -239,10 +239,7 @@ impl IkeSa {
             if self.state == State::Deleting {
                 return self.deleted(shared);
             }
-            if let Some(peer) = self.peer {
-                shared.peer_died(peer);
-            }
-            return self.close(shared, DownReason::Dead, Closed::Lost);
+            return self.close(shared, DownReason::Dead, Closed::Dead);
         }
         let datagrams = outstanding.datagrams.clone();
         let attempt = outstanding.attempt + 1;
@@ -252,5 +249,6 @@ impl IkeSa {
             outstanding.again_at = now + pause;
         }
         self.transmit_all(shared, now, datagrams);
+        self.note_silence(shared, attempt);
     }
 }

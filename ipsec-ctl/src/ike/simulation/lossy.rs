@@ -17,11 +17,16 @@ const SEEDS: u64 = 1500;
 
 /// Runs `scenario` with every seed and names the one that fails.
 fn for_every_seed(scenario: impl Fn(u64) + panic::RefUnwindSafe) {
+    for_every_seed_of(SEEDS, scenario);
+}
+
+/// The same with as many seeds as the scenario is worth, unless the environment says otherwise.
+pub(super) fn for_every_seed_of(seeds: u64, scenario: impl Fn(u64) + panic::RefUnwindSafe) {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
     if let Some(seed) = number("IPSEC_XDP_SEED") {
         return scenario(seed);
     }
-    for seed in 0..number("IPSEC_XDP_SEEDS").unwrap_or(SEEDS) {
+    for seed in 0..number("IPSEC_XDP_SEEDS").unwrap_or(seeds) {
         if let Err(cause) = panic::catch_unwind(|| scenario(seed)) {
             eprintln!("seed {seed} failed; IPSEC_XDP_SEED={seed} runs it alone");
             panic::resume_unwind(cause);
@@ -30,7 +35,7 @@ fn for_every_seed(scenario: impl Fn(u64) + panic::RefUnwindSafe) {
 }
 
 /// Conditions between a good and a terrible network.
-fn conditions(seed: u64) -> Conditions {
+pub(super) fn conditions(seed: u64) -> Conditions {
     let mut random = Seeded::new(seed, 9);
     Conditions {
         loss: random.below(35),

@@ -16,7 +16,7 @@ use crate::ike::{
         ChildConfig, ChildName, DpdMode, EndpointConfig, NatPolicy, OnDead, PeerConfig, PeerId,
         Role, Unique,
     },
-    event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure},
+    event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeSaId},
     job::JobResult,
     time::Time,
 };
@@ -45,6 +45,8 @@ pub(super) struct Side {
     pub(super) mute: bool,
     /// Rounds of attempts in vain.
     pub(super) exhausted: usize,
+    /// IKE SAs whose peers have not answered at their addresses in use.
+    pub(super) unreachable: Vec<IkeSaId>,
     jobs: Vec<(Time, JobResult)>,
 }
 
@@ -121,6 +123,8 @@ pub(super) fn peer(remote: IpAddr, role: Role) -> PeerConfig {
         nat: NatPolicy::Auto,
         fragment_size: Some(1200),
         keepalive: Duration::from_secs(20),
+        mobike: true,
+        return_routability: true,
         childless: false,
         dpd_mode: DpdMode::OnDemand,
         dpd_interval: Duration::from_secs(10),
@@ -147,6 +151,7 @@ impl Side {
             ike_rekeys: 0,
             mute: false,
             exhausted: 0,
+            unreachable: Vec::new(),
             jobs: Vec::new(),
         }
     }
@@ -191,6 +196,7 @@ impl Side {
                     self.installed.get_mut(&sa).expect("an installed SA").outer = outer;
                 }
                 Event::Exhausted(_) => self.exhausted += 1,
+                Event::Unreachable(ike) => self.unreachable.push(ike),
                 Event::Failed(failure) => self.failures.push(*failure),
             }
         }

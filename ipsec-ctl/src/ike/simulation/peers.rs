@@ -7,7 +7,7 @@ use super::{
     pair::{A, B, PEER, Pair, acquire, child, limits, peer},
 };
 use crate::ike::{
-    config::{DpdMode, OnDead, PeerConfig, Remote, Role, Unique, Way},
+    config::{ChildName, DpdMode, OnDead, PeerConfig, Remote, Role, Unique, Way},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -247,6 +247,36 @@ fn a_tunnel_none_of_whose_children_starts_again_leaves_a_dead_peer_alone_until_t
     pair.tell_a(acquire(0, A));
     pair.run(Duration::from_secs(3));
     assert_eq!(pair.a.installed.len(), 1);
+}
+
+// RFC 7296 section 2.4: INITIAL_CONTACT may be missing, and then only the new IKE SA tells that there was a restart.
+#[test]
+fn traffic_follows_a_peer_that_has_restarted_and_says_nothing_of_it() {
+    for seed in 0..6 {
+        for (first_by_us, age) in [(true, 2), (true, 25), (true, 300), (false, 2), (false, 300)] {
+            let mut pair = Pair::configured(seed, Conditions::PERFECT);
+            pair.tell_a(Command::SetPeer(Box::new(peer(B, Role::OnDemand))));
+            if first_by_us {
+                pair.tell_a(acquire(0, A));
+            } else {
+                pair.up_b();
+            }
+            pair.run(Duration::from_secs(age));
+            pair.assert_agreement(1);
+            pair.restart_b(seed);
+            pair.tell_b(Command::SetPeer(Box::new(peer(A, Role::Initiate))));
+            pair.b.endpoint.has_met(PEER);
+            pair.up_b();
+            pair.run(Duration::from_secs(5));
+            let used = pair.a.used[&ChildName(0)];
+            let known = pair.b.child(0).unwrap().spi_in;
+            let case = format!("seed {seed}, first by us: {first_by_us}, {age} s old");
+            assert_eq!(used, known, "{case}");
+            pair.run(Duration::from_secs(120));
+            pair.assert_agreement(1);
+            assert_eq!(pair.a.endpoint.established().count(), 1, "{case}");
+        }
+    }
 }
 
 /// B answers everybody who has the key and calls himself `user`; A is one of them, and afterwards another is, from

@@ -8,7 +8,7 @@ use crate::ike::{
     crypto::{ke::PrivateKey, keys::Nonces},
     endpoint::{Origin, Shared},
     event::{FailureReason, Stage},
-    exchange::{ChildOffer, ChildRequest},
+    exchange::{ChildOffer, ChildRequest, Notifies},
     message::{
         ExchangeType, Payload,
         payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
@@ -37,6 +37,17 @@ struct Judged {
 type ChildRefusal = (NotifyType, Vec<u8>);
 
 impl IkeSa {
+    /// Whether the peer gets no more children. What replaces another is there beside it for a while.
+    // An honest peer has one child for each pair of selectors at the most.
+    fn has_most_children(&self, notifies: &Notifies<'_>) -> bool {
+        let most = if notifies.has(NotifyType::REKEY_SA) {
+            2 * MOST_CHILDREN
+        } else {
+            MOST_CHILDREN
+        };
+        self.children.len() >= most
+    }
+
     /// Looks for a configured child that fits an offer; a refusal is told to the operator at once.
     fn judge_child(
         &self,
@@ -150,8 +161,7 @@ impl IkeSa {
                 let notify = NotifyType::TEMPORARY_FAILURE;
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
-            // An honest peer has one child for each pair of selectors at the most.
-            ChildRequest::Child { .. } if self.children.len() >= MOST_CHILDREN => {
+            ChildRequest::Child { notifies, .. } if self.has_most_children(notifies) => {
                 let notify = NotifyType::NO_ADDITIONAL_SAS;
                 return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }

@@ -113,7 +113,10 @@ impl IkeSa {
                     | Exchange::RekeyIke(_)
                     | Exchange::DeleteChildren(_)
                     | Exchange::DeleteIke
-                    | Exchange::Liveness => None,
+                    | Exchange::Liveness
+                    | Exchange::UpdateAddresses(_)
+                    | Exchange::CheckPath(_)
+                    | Exchange::TellAddresses => None,
                 });
         [waiting, sent]
             .into_iter()

@@ -608,6 +608,7 @@ impl IkeSa {
             remote_id: self.remote_id.clone(),
             fragments: self.fragments.inherited(),
             sync: self.sync.inherited(),
+            mobike: self.mobike.inherited(),
             ..Self::blank(shared.next_ike(), now, self.local, self.remote)
         };
         heir.set_lifetime(shared, now);
@@ -637,7 +638,12 @@ impl IkeSa {
             std::mem::take(&mut from.tasks)
                 .into_iter()
                 .partition(|task| match task {
-                    Task::DeleteIke { .. } | Task::Liveness | Task::RekeyIke => true,
+                    Task::DeleteIke { .. }
+                    | Task::Liveness
+                    | Task::RekeyIke
+                    | Task::UpdateAddresses
+                    | Task::CheckPath
+                    | Task::TellAddresses => true,
                     Task::Child(_)
                     | Task::Pair(..)
                     | Task::RekeyChild(_)
@@ -645,6 +651,8 @@ impl IkeSa {
                 });
         from.tasks = stays;
         let moves: std::collections::VecDeque<Task> = moves;
+        // The peer may have made its half of this one before it has heard of them.
+        self.tasks.extend(from.unfinished_moves());
         self.tasks.extend(moves);
         shared.inherited(from.id, self.id);
     }

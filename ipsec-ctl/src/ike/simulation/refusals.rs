@@ -1,0 +1,254 @@
+//! What a peer may refuse, and what becomes of the SAs then: CHILD_SA_NOT_FOUND and NO_ADDITIONAL_SAS, said and heard.
+
+use std::time::Duration;
+
+use ipsec_common::Spi;
+
+use crate::ike::{
+    config::{PeerId, Role},
+    event::{Command, DownReason, Event, FailureReason, Rekey},
+    fuzzing::puppet::{Bench, OURS, Puppet, notify, peer},
+    message::{
+        ExchangeType, Message, MessageId, Payload,
+        payload::{Delete, Nonce, Notify, NotifyType, Protocol, TrafficSelectors},
+    },
+    negotiate::proposals,
+};
+
+const PEER: PeerId = PeerId(1);
+
+/// What the endpoint asks its peer for.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    /// A child, in the place of another.
+    ChildInPlaceOf(Vec<u8>),
+    /// A child.
+    Child,
+    /// An IKE SA in the place of this one.
+    Ike,
+    /// A fresh IKE SA.
+    Fresh,
+    /// Something else.
+    Else,
+}
+
+fn asked(puppet: &Puppet, datagram: &[u8]) -> (u32, Asked) {
+    let header = Message::parse(datagram).unwrap().header;
+    if header.exchange == ExchangeType::IKE_SA_INIT {
+        return (0, Asked::Fresh);
+    }
+    let what = puppet.open(datagram, |header, payloads| {
+        let rekeyed = payloads.iter().find_map(|payload| match payload {
+            Payload::Notify(notify) if notify.kind == NotifyType::REKEY_SA => {
+                Some(notify.spi.to_vec())
+            }
+            _ => None,
+        });
+        let selects = payloads
+            .iter()
+            .any(|payload| matches!(payload, Payload::TsInitiator(_)));
+        match (header.exchange, rekeyed, selects) {
+            (ExchangeType::CREATE_CHILD_SA, Some(spi), _) => Asked::ChildInPlaceOf(spi),
+            (ExchangeType::CREATE_CHILD_SA, None, true) => Asked::Child,
+            (ExchangeType::CREATE_CHILD_SA, None, false) => Asked::Ike,
+            _ => Asked::Else,
+        }
+    });
+    let MessageId(id) = header.message_id;
+    (id, what.unwrap_or(Asked::Else))
+}
+
+/// An endpoint that has one child with its peer, which has proved that it is there.
+fn connected() -> (Bench, Puppet) {
+    let mut bench = Bench::new(8, Role::Initiate);
+    let mut puppet = Puppet::connect(&mut bench, &[]).unwrap();
+    let proof = puppet
+        .seal(ExchangeType::INFORMATIONAL, 2, false, &[])
+        .unwrap();
+    bench.deliver(&proof);
+    bench.sent.clear();
+    bench.events.clear();
+    (bench, puppet)
+}
+
+/// What the endpoint asks for, and what it asks for when that is refused.
+fn refuse(bench: &mut Bench, puppet: &mut Puppet, kind: NotifyType) -> (Asked, Option<Asked>) {
+    let request = bench.sent.last().expect("a request").clone();
+    let (id, first) = asked(puppet, &request);
+    let response = puppet
+        .seal(ExchangeType::CREATE_CHILD_SA, id, true, &[notify(kind)])
+        .unwrap();
+    let answers = bench.deliver(&response);
+    bench.sent.clone_from(&answers);
+    (
+        first,
+        answers.last().map(|datagram| asked(puppet, datagram).1),
+    )
+}
+
+fn lost_children(bench: &Bench) -> Vec<DownReason> {
+    let reasons = bench.events.iter().filter_map(|event| match event {
+        Event::ChildDown { reason, .. } => Some(*reason),
+        _ => None,
+    });
+    reasons.collect()
+}
+
+fn failures(bench: &Bench, wanted: FailureReason) -> usize {
+    let failed =
+        |event: &&Event| matches!(event, Event::Failed(failure) if failure.reason == wanted);
+    bench.events.iter().filter(failed).count()
+}
+
+// RFC 7296 section 2.25.1: who hears CHILD_SA_NOT_FOUND forgets the child and asks for a new one.
+#[test]
+fn a_child_that_the_peer_has_lost_is_made_anew_without_naming_the_old_one() {
+    let (mut bench, mut puppet) = connected();
+    bench.command(Command::Rekey(PEER, Rekey::Children));
+    let (first, then) = refuse(&mut bench, &mut puppet, NotifyType::CHILD_SA_NOT_FOUND);
+    assert!(matches!(first, Asked::ChildInPlaceOf(_)), "{first:?}");
+    assert_eq!(then, Some(Asked::Child));
+    assert_eq!(lost_children(&bench), [DownReason::PeerDeleted]);
+    assert_eq!(bench.endpoint.established().count(), 1);
+}
+
+// RFC 7296 section 1.3.3: a peer that takes no more SAs cannot rekey; a fresh IKE SA is to take over, and what is there
+// carries traffic until then.
+#[test]
+fn a_peer_that_takes_no_more_sas_gets_a_fresh_ike_sa_before_the_old_one_ends() {
+    for what in [Rekey::Children, Rekey::Ike] {
+        let (mut bench, mut puppet) = connected();
+        bench.command(Command::Rekey(PEER, what));
+        let (first, then) = refuse(&mut bench, &mut puppet, NotifyType::NO_ADDITIONAL_SAS);
+        match what {
+            Rekey::Children => assert!(matches!(first, Asked::ChildInPlaceOf(_)), "{first:?}"),
+            Rekey::Ike => assert_eq!(first, Asked::Ike),
+        }
+        assert_eq!(then, Some(Asked::Fresh), "{what:?}");
+        assert_eq!(lost_children(&bench), [], "{what:?}");
+        assert_eq!(bench.endpoint.established().count(), 1, "{what:?}");
+        if what == Rekey::Children {
+            assert_eq!(failures(&bench, FailureReason::NoAdditionalSas), 1);
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_takes_no_more_sas_is_asked_again_with_growing_pauses() {
+    let (mut bench, mut puppet) = connected();
+    bench.command(Command::Up(PEER, OURS));
+    let spi = Spi(u32::from_be_bytes([0xc0, 0xff, 0xee, 0x01]));
+    let delete = puppet
+        .seal(
+            ExchangeType::INFORMATIONAL,
+            3,
+            false,
+            &[Payload::Delete(Delete::Esp(std::iter::once(spi).collect()))],
+        )
+        .unwrap();
+    bench.deliver(&delete);
+    assert_eq!(lost_children(&bench), [DownReason::PeerDeleted]);
+    let mut requests = 0;
+    for _ in 0..600 {
+        bench.sent.clear();
+        bench.wait(Duration::from_millis(100));
+        let asks = bench
+            .sent
+            .last()
+            .is_some_and(|datagram| asked(&puppet, datagram).1 == Asked::Child);
+        if asks {
+            requests += 1;
+            refuse(&mut bench, &mut puppet, NotifyType::NO_ADDITIONAL_SAS);
+        }
+    }
+    assert!((3..=7).contains(&requests), "{requests} within a minute");
+    assert_eq!(failures(&bench, FailureReason::NoAdditionalSas), requests);
+    assert_eq!(bench.endpoint.established().count(), 1);
+}
+
+/// The peer asks for a child; returns what the answer says.
+fn ask(bench: &mut Bench, puppet: &mut Puppet, id: u32, rekeys: Option<u32>) -> Option<Answer> {
+    let config = peer(Role::Respond);
+    let child = &config.children[0];
+    let spi = (0x1000 + id).to_be_bytes();
+    let nonce = [9; 32];
+    let old = rekeys.map(u32::to_be_bytes);
+    let mut payloads = vec![
+        Payload::SecurityAssociation(proposals::child_offer(&child.proposals, &spi, true)),
+        Payload::Nonce(Nonce::new(&nonce).unwrap()),
+        Payload::TsInitiator(TrafficSelectors::new(&child.remote)),
+        Payload::TsResponder(TrafficSelectors::new(&child.local)),
+    ];
+    if let Some(spi) = &old {
+        payloads.push(Payload::Notify(Notify {
+            protocol: Protocol::ESP,
+            spi,
+            kind: NotifyType::REKEY_SA,
+            data: &[],
+        }));
+    }
+    let request = puppet
+        .seal(ExchangeType::CREATE_CHILD_SA, id, false, &payloads)
+        .unwrap();
+    let answers = bench.deliver(&request);
+    puppet.open(answers.first()?, |_, payloads| {
+        let refusal = payloads.iter().find_map(|payload| match payload {
+            Payload::Notify(notify) if notify.kind.is_error() => {
+                Some((notify.kind, notify.spi.to_vec()))
+            }
+            _ => None,
+        });
+        refusal.map_or(Answer::Agreed, |(kind, spi)| Answer::Refused(kind, spi))
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Agreed,
+    Refused(NotifyType, Vec<u8>),
+}
+
+// RFC 7296 section 2.25: the notify names the SPI that the request has named.
+#[test]
+fn a_child_that_we_do_not_have_cannot_be_rekeyed() {
+    let (mut bench, mut puppet) = connected();
+    let unknown = 0xdead_beef_u32;
+    let refused = Answer::Refused(
+        NotifyType::CHILD_SA_NOT_FOUND,
+        unknown.to_be_bytes().to_vec(),
+    );
+    assert_eq!(
+        ask(&mut bench, &mut puppet, 3, Some(unknown)),
+        Some(refused)
+    );
+    assert_eq!(lost_children(&bench), []);
+    assert_eq!(ask(&mut bench, &mut puppet, 4, None), Some(Answer::Agreed));
+}
+
+// RFC 7296 section 1.3: NO_ADDITIONAL_SAS. What replaces another is no further one.
+#[test]
+fn there_is_an_end_to_the_children_of_a_peer_but_not_to_their_rekeying() {
+    let (mut bench, mut puppet) = connected();
+    let mut refused = None;
+    let mut agreed = 1;
+    for id in 3..400 {
+        match ask(&mut bench, &mut puppet, id, None) {
+            Some(Answer::Agreed) => agreed += 1,
+            other => {
+                refused = other.map(|answer| (id, answer));
+                break;
+            }
+        }
+    }
+    let (id, answer) = refused.expect("no end");
+    assert_eq!(
+        answer,
+        Answer::Refused(NotifyType::NO_ADDITIONAL_SAS, Vec::new())
+    );
+    assert_eq!(agreed, 256);
+    let old = Some(0x1000 + 3);
+    assert_eq!(
+        ask(&mut bench, &mut puppet, id + 1, old),
+        Some(Answer::Agreed)
+    );
+}
