@@ -14,6 +14,7 @@ pub mod gateway;
 pub mod hops;
 pub mod impairment;
 pub mod interop;
+pub mod netdevsim;
 pub mod netns;
 pub mod pair;
 pub mod ping;

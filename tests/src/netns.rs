@@ -167,7 +167,7 @@ impl Netns {
         self.run(|| fs::write(&path, value).with_context(|| format!("{key} = {value}")))
     }
 
-    fn open(&self) -> anyhow::Result<File> {
+    pub(crate) fn open(&self) -> anyhow::Result<File> {
         let path = PathBuf::from(FOLDER).join(&self.name);
         File::open(&path).with_context(|| path.display().to_string())
     }

@@ -7,7 +7,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::{
     command::{find, run},
-    netns,
+    netdevsim, netns,
     watchdog::watched,
 };
 
@@ -29,6 +29,8 @@ pub enum Need {
     KernelEsp,
     /// The same, with xfrm interfaces: the guest's if it was built.
     XfrmInterfaces,
+    /// Simulated network cards: the guest's if it was built.
+    Netdevsim,
 }
 
 impl Need {
@@ -61,6 +63,9 @@ impl Need {
                 added.err().map(|_| {
                     "this kernel has no xfrm interfaces: `cargo xtask vm --build` makes a guest that does".to_owned()
                 })
+            }),
+            Self::Netdevsim => (!netdevsim::is_there()).then(|| {
+                "this kernel has no netdevsim: `cargo xtask vm --build` makes a guest that does".to_owned()
             }),
             Self::StrongSwan => absent(
                 &["charon-systemd", "swanctl"],

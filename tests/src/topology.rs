@@ -18,7 +18,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Context;
 
-use crate::netns::{Netns, Scope};
+use crate::{
+    netdevsim::Cards,
+    netns::{Netns, Scope},
+};
 
 /// One of the two sites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub struct Options {
     pub nat: bool,
     /// Hosts leave checksums to their interface, as veth lets them.
     pub host_offload: bool,
+    /// Between gateway A and the router are simulated network cards.
+    pub cards: bool,
 }
 
 /// The namespaces, cabled and addressed. All are removed on drop.
@@ -64,6 +69,8 @@ pub struct Topology {
     pub host_b: Netns,
     /// Somebody else on the network between.
     pub attacker: Netns,
+    /// The card of gateway A and the router's, if they are simulated.
+    pub cards: Option<Cards>,
 }
 
 impl Side {
@@ -174,13 +181,14 @@ impl Topology {
     /// As for [`Self::build`].
     pub fn build_as(scope: Scope, options: Options) -> anyhow::Result<Self> {
         let make = |what: &str| Netns::create(&scope.name(what));
-        let topology = Self {
+        let mut topology = Self {
             host_a: make("host-a")?,
             gateway_a: make("gateway-a")?,
             router: make("router")?,
             gateway_b: make("gateway-b")?,
             host_b: make("host-b")?,
             attacker: make("attacker")?,
+            cards: None,
             scope,
         };
         for netns in topology.all() {
@@ -193,6 +201,10 @@ impl Topology {
             netns.sysctl("net.ipv6.conf.all.forwarding", "1")?;
             netns.sysctl("net.ipv4.conf.all.rp_filter", "0")?;
             netns.sysctl("net.ipv4.conf.default.rp_filter", "0")?;
+        }
+        if options.cards {
+            let ends = ((&topology.gateway_a, "wan"), (&topology.router, "to-a"));
+            topology.cards = Some(Cards::cable(ends.0, ends.1).context("simulated cards")?);
         }
         for side in [Side::A, Side::B] {
             topology
@@ -252,7 +264,9 @@ impl Topology {
         let (host, gateway) = (self.host(side), self.gateway(side));
         let port = format!("to-{}", side.letter());
         cable((host, "lan"), (gateway, "lan"))?;
-        cable((gateway, "wan"), (&self.router, &port))?;
+        if self.cards.is_none() || side == Side::B {
+            cable((gateway, "wan"), (&self.router, &port))?;
+        }
         if !options.host_offload {
             host.exec("ethtool -K lan tx off")?;
         }

@@ -19,8 +19,8 @@ use ipsec_ctl::{
     net::{
         tun::Tun,
         xfrm::{
-            Action, Limits, Policy, PolicyDirection, PortMask, Replay, Selector, State, StateId,
-            Template, Xfrm,
+            Action, Limits, Mode, Policy, PolicyDirection, PortMask, Replay, Selector, State,
+            StateId, Template, Xfrm,
         },
     },
 };
@@ -96,7 +96,9 @@ impl Kernel {
                     destination: template.1.into(),
                     spi: 0,
                     reqid: REQID,
+                    mode: Mode::Tunnel,
                 }),
+                card: None,
             })?;
         }
         Ok(Self {
@@ -114,6 +116,7 @@ impl Kernel {
                 source: source.into(),
                 destination: destination.into(),
                 spi,
+                mode: Mode::Tunnel,
                 reqid: REQID,
                 if_id: 0,
                 algorithms: algorithms(sa.suite, &sa.keys).context("key lengths")?,
@@ -123,6 +126,7 @@ impl Kernel {
                 limits: Limits::NONE,
                 copy_dscp: true,
                 clear_df: false,
+                card: None,
             };
             self.xfrm.remove_state(&state.id())?;
             self.xfrm.add_state(&state)?;

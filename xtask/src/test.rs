@@ -106,7 +106,7 @@ pub(crate) fn run(full: bool, only: &[String]) -> anyhow::Result<()> {
 /// The group that runs in a guest.
 const GUEST: &str = "guest";
 /// Suites that need a kernel with ESP.
-const GUEST_SUITES: &[&str] = &["oracle", "kernel_engine"];
+const GUEST_SUITES: &[&str] = &["oracle", "kernel_engine", "nic_offload", "transport_mode"];
 
 /// Runs the suites that need a kernel with ESP in a guest, or tells why there is none.
 fn run_in_guest(full: bool) -> anyhow::Result<(Count, bool)> {

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::dataplane::seam::{Offload, PathCounters};
+use crate::dataplane::seam::{Nic, Offload, PathCounters};
 
 /// The state of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,6 +138,10 @@ pub struct Child {
     pub inbound: Option<Direction>,
     /// Traffic to the peer.
     pub outbound: Option<Direction>,
+    /// What the network card does for traffic from the peer, if it was asked.
+    pub inbound_nic: Option<Nic>,
+    /// What it does for traffic to the peer.
+    pub outbound_nic: Option<Nic>,
 }
 
 /// One direction of a child's SAs.

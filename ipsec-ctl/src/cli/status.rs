@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     api::model::{Child, Direction, IkeSa, PeerAddress, State, Status, Tunnel},
-    dataplane::seam::{FastPath, Offload},
+    dataplane::seam::{FastPath, Nic, Offload},
 };
 
 #[derive(Debug, clap::Args)]
@@ -166,9 +166,16 @@ fn child_rows(child: &Child, row: &mut impl FnMut(&str, String)) {
         }
         row("  ESP", line);
     }
-    for (name, direction) in [("  in", &child.inbound), ("  out", &child.outbound)] {
+    for (name, direction, nic) in [
+        ("  in", &child.inbound, &child.inbound_nic),
+        ("  out", &child.outbound, &child.outbound_nic),
+    ] {
         if let Some(direction) = direction {
-            row(name, traffic(direction));
+            let mut line = traffic(direction);
+            if let Some(nic) = nic {
+                let _ = write!(line, ", {}", card(nic));
+            }
+            row(name, line);
         }
     }
 }
@@ -204,6 +211,20 @@ fn offload(offload: Offload) -> String {
         Offload::Partial(why) => format!("offloaded in part ({})", why.name()),
         Offload::Declined(why) => format!("not offloaded ({})", why.name()),
         Offload::Kernel(why) => format!("kernel ESP ({})", why.name()),
+    }
+}
+
+/// What the network card does, in words.
+fn card(nic: &Nic) -> String {
+    match nic {
+        Nic::Crypto => "cryptography by the network card".to_owned(),
+        Nic::Packet => "ESP by the network card".to_owned(),
+        Nic::Declined { reason, words } if words.is_empty() => {
+            format!("not by the network card ({})", reason.name())
+        }
+        Nic::Declined { reason, words } => {
+            format!("not by the network card ({}: {words})", reason.name())
+        }
     }
 }
 
@@ -247,7 +268,7 @@ mod tests {
     use super::*;
     use crate::{
         api::model::Interface,
-        dataplane::seam::{OffloadReason, PathCounters},
+        dataplane::seam::{NicReason, OffloadReason, PathCounters},
     };
 
     fn office() -> Tunnel {
@@ -302,6 +323,11 @@ mod tests {
                     7,
                     Offload::Declined(OffloadReason::NetfilterRules),
                 )),
+                inbound_nic: Some(Nic::Crypto),
+                outbound_nic: Some(Nic::Declined {
+                    reason: NicReason::Refused,
+                    words: "no more room".to_owned(),
+                }),
             }],
         }
     }
@@ -327,7 +353,8 @@ mod tests {
             "192.0.2.1 <-> 203.0.113.9, aes256-sha512-ecp521, age 1m01s, initiator, NAT none",
             "next request 5, expected request 3",
             "up, 10.1.0.0/24 <-> 10.2.0.0/24",
-            "SPI 0xc0ffee01, 1000 packets, 97.6 KiB, fast 990, slow 10, offloaded, 2 forged",
+            "SPI 0xc0ffee01, 1000 packets, 97.6 KiB, fast 990, slow 10, offloaded, 2 forged, cryptography by the network card",
+            "not by the network card (refused: no more room)",
             "SPI 0x00000007, 1000 packets, 97.6 KiB, fast 990, slow 10, not offloaded (netfilter-rules)",
         ] {
             assert!(

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     dataplane::{
         routing::RoutesMode,
-        seam::{Df, EngineChoice, FastPath},
+        seam::{Df, EngineChoice, FastPath, Mode, NicOffload},
     },
     ike::{
         Identity,
@@ -112,8 +112,12 @@ pub struct Tunnel {
     pub mtu: Option<u16>,
     /// What carries it.
     pub engine: EngineChoice,
+    /// How its SAs carry packets.
+    pub mode: Mode,
     /// Whether XDP may carry it.
     pub fast_path: FastPath,
+    /// What the network card does for it.
+    pub offload: NicOffload,
     /// Outer DF bit.
     pub df: Df,
     /// Clamp the MSS of TCP.

@@ -256,10 +256,22 @@ pub(super) const SECTIONS: &[Section] = &[
                 "What carries this tunnel.",
             ),
             key(
+                "mode",
+                "`\"tunnel\"`, `\"transport\"`",
+                "`\"tunnel\"`",
+                "Whether packets travel inside others between the gateways, or as they are between this host and the peer, whose addresses the selectors then are. `\"transport\"` needs `engine = \"kernel\"`, has no device and crosses no NAT.",
+            ),
+            key(
                 "fast_path",
                 "`\"auto\"`, `\"on\"`, `\"off\"`",
                 "`\"auto\"`",
                 "Whether XDP and AF_XDP carry the tunnel, past netfilter and tc: unless there are rules they would bypass, always, never.",
+            ),
+            key(
+                "offload",
+                "`\"off\"`, `\"auto\"`, `\"crypto\"`, `\"packet\"`",
+                "`\"off\"`",
+                "What the network card that carries the peer does of the kernel engine's ESP: nothing; its cryptography if it can; its cryptography; all of it. What the card declines the kernel does, and `status` tells why.",
             ),
             key(
                 "df",

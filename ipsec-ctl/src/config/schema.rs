@@ -12,7 +12,7 @@ use toml::Spanned;
 
 use crate::dataplane::{
     routing::RoutesMode,
-    seam::{Df, EngineChoice, FastPath},
+    seam::{Df, EngineChoice, FastPath, Mode, NicOffload},
 };
 
 /// Text with its place in the file.
@@ -82,8 +82,10 @@ pub(super) struct TunnelTable {
     pub(super) device: Option<Text>,
     pub(super) mtu: Option<Spanned<u16>>,
     pub(super) engine: Option<EngineChoice>,
+    pub(super) mode: Option<Spanned<Mode>>,
     #[serde(default)]
     pub(super) fast_path: FastPath,
+    pub(super) offload: Option<Spanned<NicOffload>>,
     pub(super) df: Option<Spanned<Df>>,
     pub(super) clamp_mss: Option<bool>,
     pub(super) copy_dscp: Option<bool>,

@@ -1,5 +1,7 @@
 //! From what the file says to what the daemon uses; every problem is collected, not just the first.
 
+mod engine;
+
 use std::{
     collections::BTreeMap,
     net::IpAddr,
@@ -21,7 +23,7 @@ use super::{
     value,
 };
 use crate::{
-    dataplane::seam::{Df, EngineChoice},
+    dataplane::seam::EngineChoice,
     ike::{
         Identity,
         crypto::{EspProposal, IkeProposal},
@@ -206,6 +208,7 @@ fn tunnel(
     let children = children(&raw, role, whole, problems);
     let dpd = dpd(&raw.dpd, problems);
     let engine = raw.engine.unwrap_or(default_engine);
+    let mode = engine::mode(&raw, engine, (&peer, local), &children, problems);
     Tunnel {
         device: device(&raw, problems),
         peer,
@@ -228,8 +231,10 @@ fn tunnel(
         reauth: raw.reauth.unwrap_or(false),
         mtu: mtu(raw.mtu.as_ref(), &children, problems),
         engine,
+        mode,
         fast_path: raw.fast_path,
-        df: df(raw.df.as_ref(), engine, problems),
+        offload: engine::offload(raw.offload.as_ref(), engine, problems),
+        df: engine::df(raw.df.as_ref(), engine, problems),
         clamp_mss: raw.clamp_mss.unwrap_or(true),
         copy_dscp: raw.copy_dscp.unwrap_or(true),
         routes: raw.routes,
@@ -426,20 +431,6 @@ fn mtu(raw: Option<&Spanned<u16>>, children: &[Child], problems: &mut Problems) 
         );
     }
     Some(*mtu.get_ref())
-}
-
-fn df(raw: Option<&Spanned<Df>>, engine: EngineChoice, problems: &mut Problems) -> Df {
-    let Some(df) = raw else {
-        return Df::default();
-    };
-    if *df.get_ref() == Df::Set && engine == EngineChoice::Kernel {
-        problems.add(
-            Problem::new("the kernel's ESP cannot always set the don't-fragment bit")
-                .at(df.span(), "not with engine = \"kernel\"")
-                .help("write df = \"copy\", or let engine = \"xdp\" carry this tunnel"),
-        );
-    }
-    *df.get_ref()
 }
 
 enum Prefix {

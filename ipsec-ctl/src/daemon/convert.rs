@@ -12,7 +12,7 @@ use crate::{
     dataplane::{
         routing::RoutingSpec,
         seam::{
-            ChildId, ChildTrap, Direction, Flow, Lifetime, Outer, SaId, SaSpec, SelectorPair,
+            self, ChildId, ChildTrap, Direction, Flow, Lifetime, Outer, SaId, SaSpec, SelectorPair,
             TunnelId, TunnelSpec, UdpEncap,
         },
     },
@@ -20,8 +20,8 @@ use crate::{
     ike::{
         self,
         config::{
-            ChildConfig, ChildName, DpdMode, NatPolicy, OnDead, PeerConfig, PeerId, Remote, Unique,
-            Way,
+            ChildConfig, ChildName, DpdMode, Mode, NatPolicy, OnDead, PeerConfig, PeerId, Remote,
+            Unique, Way,
         },
         crypto::{self, ChildSuite, Encryption, Esn},
         event::{ChildUp, IkeInfo, OuterAddresses},
@@ -42,6 +42,8 @@ pub(super) fn tunnel_spec(
         mtu: tunnel.mtu,
         engine: tunnel.engine,
         fast_path: tunnel.fast_path,
+        offload: tunnel.offload,
+        mode: tunnel.mode,
         df: tunnel.df,
         clamp_mss: tunnel.clamp_mss,
         copy_dscp: tunnel.copy_dscp,
@@ -181,7 +183,8 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> Pe
         },
         dpd_interval: tunnel.dpd.interval,
         dpd_timeout: tunnel.dpd.timeout,
-        mobike: tunnel.mobike,
+        // RFC 4555 section 1.2: it moves tunnel mode alone.
+        mobike: tunnel.mobike && tunnel.mode == seam::Mode::Tunnel,
         return_routability: tunnel.return_routability,
         childless: tunnel.childless,
         unique: match tunnel.unique {
@@ -205,6 +208,10 @@ pub(super) fn peer_config(id: TunnelId, tunnel: &Tunnel, places: &[Place]) -> Pe
                     config::OnDead::Clear => OnDead::Clear,
                 },
                 lifetime: child.lifetime,
+                mode: match tunnel.mode {
+                    seam::Mode::Tunnel => Mode::Tunnel,
+                    seam::Mode::Transport => Mode::Transport,
+                },
             })
             .collect(),
     }

@@ -194,13 +194,12 @@ impl Gateway {
     }
 
     async fn install(&mut self, spec: seam::SaSpec, tunnel: &str, child: &str) {
-        let sa = spec.id;
         match self
             .engine
             .command(seam::Command::Install(Box::new(spec)))
             .await
         {
-            Ok(Some(ledger)) => self.tunnels.note_offload(sa, ledger.offload),
+            Ok(Some(ledger)) => self.tunnels.note_ledger(ledger),
             Ok(None) => {}
             Err(cause) => warn!(tunnel, child, %cause, "an SA could not be installed"),
         }
@@ -362,7 +361,7 @@ impl Gateway {
                 debug!(%spi, %local, %remote, "ESP that names no SA");
             }
             seam::Event::LedgerChanged(ledger) => {
-                self.tunnels.note_offload(ledger.sa, ledger.offload);
+                self.tunnels.note_ledger(ledger);
             }
             seam::Event::MtuChanged { tunnel, mtu } => {
                 if let Some(state) = self.tunnels.get_mut(tunnel) {

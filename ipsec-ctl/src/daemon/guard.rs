@@ -8,7 +8,7 @@ use crate::{
     dataplane::{
         kernel, link,
         routing::{self, Routing},
-        seam::TunnelId,
+        seam::{Mode, TunnelId},
         xdp::program,
     },
     net::{netlink::Netlink, preflight, tun::Tun},
@@ -30,8 +30,13 @@ pub fn guard(config: &Config) -> io::Result<String> {
         );
         let mut prefixes = 0;
         for (number, tunnel) in (1..).zip(&config.tunnels) {
-            let spec =
-                convert::tunnel_spec(TunnelId(number), tunnel, &[], &BTreeSet::new()).routing;
+            let spec = convert::tunnel_spec(TunnelId(number), tunnel, &[], &BTreeSet::new());
+            if spec.mode == Mode::Transport {
+                kernel::engine::block(&spec, [config.ports.ike, config.ports.nat_traversal])?;
+                prefixes += spec.children.len();
+                continue;
+            }
+            let spec = spec.routing;
             prefixes += spec.remote.len();
             // A device that a dead daemon has left stays in its place: it is down or has no reader, so it blocks, too. Behind
             // an xfrm interface the kernel's policies let through only what its states protect.

@@ -7,7 +7,10 @@ use crate::{
     api::model::{Done, Refused},
     config::{self, Config, Role, Tunnel},
     dataplane::seam::{self, TunnelId},
-    ike::{config::PeerId, event::Command},
+    ike::{
+        config::PeerId,
+        event::{Command, Rekey},
+    },
 };
 
 impl Gateway {
@@ -104,6 +107,11 @@ impl Gateway {
             now,
             Command::SetPeer(Box::new(convert::peer_config(id, new, &places))),
         );
+        if old.offload != new.offload {
+            // What a card does for an SA is decided when the SA is installed.
+            let rekey = Command::Rekey(PeerId(id.0), Rekey::Children);
+            self.endpoint.handle_command(now, rekey);
+        }
         if let Some(tunnel) = self.tunnels.get_mut(id) {
             tunnel.config = new.clone();
         }
@@ -125,6 +133,7 @@ fn is_same_negotiation(old: &Tunnel, new: &Tunnel) -> bool {
         && old.nat == new.nat
         && old.device == new.device
         && old.engine == new.engine
+        && old.mode == new.mode
         && old.children == new.children
 }
 

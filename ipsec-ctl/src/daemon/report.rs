@@ -16,7 +16,9 @@ use crate::{
         },
     },
     config::{Peer, Role},
-    dataplane::seam::{InterfaceStatus, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode},
+    dataplane::seam::{
+        InterfaceStatus, Mode, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode,
+    },
     ike::{
         config::{ChildName, PeerId},
         event::{self, Command, IkeInfo},
@@ -186,7 +188,10 @@ impl Gateway {
         Tunnel {
             name: tunnel.config.name.clone(),
             state,
-            device: tunnel.config.device.clone(),
+            device: match tunnel.config.mode {
+                Mode::Tunnel => tunnel.config.device.clone(),
+                Mode::Transport => "none (transport mode)".to_owned(),
+            },
             mtu: tunnel.mtu,
             peer: tunnel.config.peer.to_string(),
             addresses: addresses(tunnel, ike),
@@ -259,8 +264,11 @@ impl Gateway {
                 encapsulated: false,
                 inbound: None,
                 outbound: None,
+                inbound_nic: None,
+                outbound_nic: None,
             };
         };
+        let nic = |sa| self.tunnels.ledger(sa)?.nic.clone();
         Child {
             name: config.name.clone(),
             state: State::Up,
@@ -271,17 +279,19 @@ impl Gateway {
             encapsulated: pair.outer.encapsulated,
             inbound: self.direction(pair.inbound, pair.spi_in.0, stats),
             outbound: self.direction(pair.outbound, pair.spi_out.0, stats),
+            inbound_nic: nic(pair.inbound),
+            outbound_nic: nic(pair.outbound),
         }
     }
 
     fn direction(&self, sa: SaId, spi: u32, stats: &[SaStats]) -> Option<Direction> {
         let stats = stats.iter().find(|stats| stats.sa == sa)?;
+        let ledger = self.tunnels.ledger(sa);
         Some(Direction {
             spi,
-            offload: self
-                .tunnels
-                .offload(sa)
-                .unwrap_or(Offload::Declined(OffloadReason::NoXdp)),
+            offload: ledger.map_or(Offload::Declined(OffloadReason::NoXdp), |ledger| {
+                ledger.offload
+            }),
             fast: stats.fast,
             slow: stats.slow,
             sequence: stats.sequence,

@@ -11,7 +11,7 @@ use ipsec_common::{Spi, TrafficSelector};
 use super::peers::{Place, all_ways};
 use crate::{
     config::Tunnel,
-    dataplane::seam::{Offload, SaId, SaSpec, TunnelId},
+    dataplane::seam::{Ledger, SaId, SaSpec, TunnelId},
     ike::{
         config::ChildName,
         crypto::ChildSuite,
@@ -112,7 +112,7 @@ impl TunnelState {
 pub(super) struct Tunnels {
     by_id: BTreeMap<TunnelId, TunnelState>,
     owners: HashMap<SaId, (TunnelId, ChildSaId)>,
-    ledger: HashMap<SaId, Offload>,
+    ledger: HashMap<SaId, Ledger>,
     next_tunnel: u32,
     next_sa: u64,
 }
@@ -208,12 +208,12 @@ impl Tunnels {
     }
 
     /// Notes how an SA is carried.
-    pub(super) fn note_offload(&mut self, sa: SaId, offload: Offload) {
-        self.ledger.insert(sa, offload);
+    pub(super) fn note_ledger(&mut self, ledger: Ledger) {
+        self.ledger.insert(ledger.sa, ledger);
     }
 
     /// How an SA is carried.
-    pub(super) fn offload(&self, sa: SaId) -> Option<Offload> {
-        self.ledger.get(&sa).copied()
+    pub(super) fn ledger(&self, sa: SaId) -> Option<&Ledger> {
+        self.ledger.get(&sa)
     }
 }

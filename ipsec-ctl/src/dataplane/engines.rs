@@ -15,8 +15,8 @@ use tokio::sync::{OnceCell, mpsc};
 use super::{
     kernel,
     seam::{
-        Command, Df, EngineChoice, EngineConfig, Event, KernelReason, Ledger, Rejected, Reply,
-        Request, SaId, SaStats, Survey, TunnelId, TunnelSpec,
+        Command, Df, EngineChoice, EngineConfig, Event, KernelReason, Ledger, Mode, Rejected,
+        Reply, Request, SaId, SaStats, Survey, TunnelId, TunnelSpec,
     },
     xdp::engine::{Engine, StartError},
 };
@@ -183,6 +183,10 @@ impl Engines {
                 }
                 kernel.set_tunnel(spec, reason).await
             }
+            None if spec.mode == Mode::Transport => Err(Rejected::Kernel {
+                step: "mode = \"transport\"".to_owned(),
+                reason: "only engine = \"kernel\" carries it".to_owned(),
+            }),
             None => {
                 if let Some(kernel) = self.kernel_of(spec.id).await {
                     kernel.command(Command::RemoveTunnel(spec.id)).await?;

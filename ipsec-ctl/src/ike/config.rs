@@ -204,4 +204,16 @@ pub struct ChildConfig {
     pub on_dead: OnDead,
     /// Lifetime of its SAs.
     pub lifetime: Duration,
+    /// Whether its packets travel inside others or as they are.
+    pub mode: Mode,
+}
+
+/// How ESP carries a packet (RFC 4301 section 4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// Whole, in another packet between the gateways.
+    #[default]
+    Tunnel,
+    /// Its payload, between the two hosts that the packet is of.
+    Transport,
 }

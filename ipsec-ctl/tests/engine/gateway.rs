@@ -13,7 +13,8 @@ use ipsec_ctl::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
             ChildId, ChildTrap, Command, Df, Direction, EngineChoice, EngineConfig, Event,
-            FastPath, Lifetime, Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+            FastPath, Lifetime, Mode, NicOffload, Outer, SaId, SaSpec, SelectorPair, TunnelId,
+            TunnelSpec, UdpEncap,
         },
         xdp::engine::Engine,
     },
@@ -158,6 +159,8 @@ pub(crate) fn tunnel(local: u8, remote: u8) -> TunnelSpec {
         mtu: None,
         engine: EngineChoice::Xdp,
         fast_path: FastPath::Off,
+        offload: NicOffload::Off,
+        mode: Mode::Tunnel,
         df: Df::Copy,
         clamp_mss: true,
         copy_dscp: true,

@@ -10,8 +10,8 @@ use ipsec_ctl::{
     dataplane::{
         routing::{RoutesMode, RoutingSpec},
         seam::{
-            ChildId, ChildTrap, Df, Direction, EngineChoice, FastPath, Lifetime, Outer, SaId,
-            SaSpec, SelectorPair, TunnelId, TunnelSpec,
+            ChildId, ChildTrap, Df, Direction, EngineChoice, FastPath, Lifetime, Mode, NicOffload,
+            Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec,
         },
         xdp::{
             events::Events,
@@ -155,6 +155,8 @@ pub(super) fn tunnel(number: u16, swapped: bool) -> TunnelSpec {
         mtu: None,
         engine: EngineChoice::Xdp,
         fast_path: FastPath::On,
+        offload: NicOffload::Off,
+        mode: Mode::Tunnel,
         df: Df::Copy,
         clamp_mss: true,
         copy_dscp: true,

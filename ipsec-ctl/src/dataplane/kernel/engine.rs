@@ -1,5 +1,6 @@
 //! The engine as its neighbours know it: commands, events and counters in front of states, policies and interfaces.
 
+mod card;
 mod repair;
 mod tunnel;
 
@@ -23,13 +24,15 @@ use super::{
     algorithms::{algorithms, key_lengths},
     capabilities::{Capabilities, Incapable},
     encap::Sockets,
+    policies::Receiving,
+    transport,
 };
 use crate::{
     dataplane::{
         seam::{
-            ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, Offload,
-            Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats, SelectorPair, Survey,
-            TunnelFacts, TunnelId, TunnelSpec,
+            ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, Mode,
+            Offload, Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats, SelectorPair,
+            Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
         xdp::engine::Lodge,
     },
@@ -37,7 +40,10 @@ use crate::{
     net::{
         netlink::{Netlink, NetlinkError},
         watch,
-        xfrm::{Encap, Limits, Notice, PortMask, Replay, State, StateId, Watch, Xfrm},
+        xfrm::{
+            self, Encap, Limits, Notice, Policy, PortMask, Replay, State, StateId, StateStatus,
+            Watch, Xfrm,
+        },
     },
 };
 
@@ -48,12 +54,25 @@ const LAST_IF_ID: u32 = 0x4958_fffe;
 pub(super) const PROBE_IF_ID: u32 = 0x4958_ffff;
 /// What policies name states by. Others begin at 1.
 const FIRST_REQID: u32 = 0x4958_0000;
+const LAST_REQID: u32 = 0x4fff_ffff;
+/// The number of what belongs to no interface: tunnels in transport mode.
+const NO_IF_ID: u32 = 0;
 /// After a change the kernel often reports more of them: they are seen to together.
 const SETTLE: Duration = Duration::from_millis(50);
 
 /// Whether a number is one of ours.
 fn is_ours(if_id: u32) -> bool {
     (FIRST_IF_ID..=LAST_IF_ID).contains(&if_id)
+}
+
+/// Whether a state is one of ours. Those without an interface are known by what policies name them by.
+fn is_our_state(state: &StateStatus) -> bool {
+    let reqids = FIRST_REQID..=LAST_REQID;
+    is_ours(state.if_id) || (state.if_id == NO_IF_ID && reqids.contains(&state.reqid))
+}
+
+fn is_our_policy(policy: &Policy) -> bool {
+    is_ours(policy.if_id) || transport::is_ours(policy)
 }
 
 /// Why an engine did not start.
@@ -120,6 +139,8 @@ struct Sa {
     reqid: u32,
     state: StateId,
     ledger: Ledger,
+    /// Index of the interface whose card does all of its ESP, policies included.
+    card: Option<u32>,
     /// Longest inner packet in bytes that the path takes in one piece.
     inner_mtu: Option<u16>,
 }
@@ -263,7 +284,7 @@ impl Engine {
                     child: sa.child,
                     direction: sa.direction,
                     spi: sa.spi,
-                    ledger: Some(sa.ledger),
+                    ledger: Some(sa.ledger.clone()),
                 })
                 .collect(),
         }
@@ -286,6 +307,12 @@ impl Inner {
         let tunnel = tunnel
             .filter(|tunnel| tunnel.has_child(spec.child))
             .ok_or(Rejected::UnknownTunnel)?;
+        if tunnel.spec.mode == Mode::Transport && spec.outer.encap.is_some() {
+            return Err(Rejected::by_kernel(
+                "install an SA in transport mode",
+                &"it does not go in UDP",
+            ));
+        }
         if let Some((_, reason)) = self
             .capabilities
             .lacking
@@ -294,7 +321,8 @@ impl Inner {
         {
             return Err(Rejected::by_kernel("use these algorithms", reason));
         }
-        let state = state(spec, tunnel, reqid, self.lodge.mark(), &spec.keys)?;
+        let mut state = state(spec, tunnel, reqid, self.lodge.mark(), &spec.keys)?;
+        let wanted = tunnel.spec.offload;
         let mut sa = Sa {
             tunnel: spec.tunnel,
             child: spec.child,
@@ -308,26 +336,33 @@ impl Inner {
             ledger: Ledger {
                 sa: spec.id,
                 offload: Offload::Kernel(tunnel.reason),
+                nic: None,
             },
+            card: None,
             inner_mtu: None,
         };
         sa.inner_mtu = self.inner_mtu(&sa, spec).await;
-        let ledger = sa.ledger;
         if let Some(pair) = sa.pair() {
             all.sockets
                 .take(pair, &self.lodge)
                 .map_err(|error| Rejected::by_kernel("open a socket for ESP in UDP", &error))?;
         }
         let (pair, direction) = (sa.pair(), sa.direction);
-        if let Err(error) = self.xfrm.add_state(&state) {
-            if let Some(pair) = pair {
-                all.sockets.leave(pair);
+        let added = self.add_state(&mut state, direction, wanted, &spec.outer);
+        match added.await {
+            Ok(nic) => sa.ledger.nic = nic,
+            Err(error) => {
+                if let Some(pair) = pair {
+                    all.sockets.leave(pair);
+                }
+                return Err(match error.errno {
+                    Some(libc::EEXIST) => Rejected::Exists,
+                    _ => error.into(),
+                });
             }
-            return Err(match error.errno {
-                Some(libc::EEXIST) => Rejected::Exists,
-                _ => error.into(),
-            });
         }
+        let card = state.card.filter(|card| card.packet);
+        sa.card = card.map(|card| card.device);
         if direction == Direction::Inbound {
             self.lodge.pass(spec.spi, spec.outer.local);
         }
@@ -338,7 +373,13 @@ impl Inner {
             tunnel.sends(spec.child, spec.id);
         }
         // The policies move the traffic, in one step.
-        if let Err(rejected) = self.apply(all, spec.tunnel) {
+        let applied = match self.apply(all, spec.tunnel) {
+            Err(rejected) if card.is_some() => self
+                .take_from_card(all, spec.id, &mut state, rejected.to_string())
+                .and_then(|()| self.apply(all, spec.tunnel)),
+            other => other,
+        };
+        if let Err(rejected) = applied {
             if let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel) {
                 tunnel.sends_no_more(spec.id);
             }
@@ -349,7 +390,8 @@ impl Inner {
         if direction == Direction::Outbound {
             self.fit_mtu(all, spec.tunnel).await;
         }
-        Ok(ledger)
+        let sa = all.sas.get(&spec.id).ok_or(Rejected::UnknownSa)?;
+        Ok(sa.ledger.clone())
     }
 
     /// Removes an SA that may be gone already.
@@ -438,6 +480,7 @@ impl Inner {
             source: sa.state.destination,
             destination: sa.state.destination,
             spi: sa.spi.0,
+            mode: mode(tunnel.spec.mode),
             reqid: sa.reqid,
             if_id: tunnel.if_id,
             algorithms: algorithms(sa.suite, &keys).ok_or(Rejected::BadKeys)?,
@@ -447,6 +490,7 @@ impl Inner {
             limits: Limits::NONE,
             copy_dscp: tunnel.spec.copy_dscp,
             clear_df: false,
+            card: None,
         };
         match sa.direction {
             Direction::Inbound => moved.source = sa.outer.remote,
@@ -553,6 +597,7 @@ fn state(
         source,
         destination,
         spi: spec.spi.0,
+        mode: mode(tunnel.spec.mode),
         reqid,
         if_id: tunnel.if_id,
         algorithms: algorithms(spec.suite, keys).ok_or(Rejected::BadKeys)?,
@@ -572,7 +617,15 @@ fn state(
         },
         copy_dscp: tunnel.spec.copy_dscp,
         clear_df: tunnel.clears_df(),
+        card: None,
     })
+}
+
+fn mode(mode: Mode) -> xfrm::Mode {
+    match mode {
+        Mode::Tunnel => xfrm::Mode::Tunnel,
+        Mode::Transport => xfrm::Mode::Transport,
+    }
 }
 
 /// Ports as they stand in the packets of a direction.
@@ -643,6 +696,27 @@ pub async fn remove_device(netlink: &Netlink, device: &str) -> Result<(), Reject
     Ok(())
 }
 
+/// Blocks what a tunnel in transport mode protects, for as long as there is no engine.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn block(spec: &TunnelSpec, ports: [u16; 2]) -> io::Result<()> {
+    let xfrm = Xfrm::open()?;
+    let there = xfrm.policies().map_err(io::Error::other)?;
+    let selectors: Vec<_> = spec.children.iter().map(|child| &child.selectors).collect();
+    let wanted = transport::plan(&selectors, &[], ports).map_err(io::Error::other)?;
+    // What an engine has left protects as well.
+    let is_there = |policy: &Policy| {
+        let same = |one: &Policy| transport::is_ours(one) && one.key() == policy.key();
+        there.iter().any(same)
+    };
+    for policy in wanted.iter().filter(|policy| !is_there(policy)) {
+        xfrm.set_policy(policy).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
 /// Removes all that has a number of ours: interfaces, states and policies. Returns how many interfaces there were.
 ///
 /// # Errors
@@ -661,12 +735,12 @@ pub async fn release(netlink: &Netlink) -> Result<usize, NetlinkError> {
         return Ok(interfaces);
     };
     for state in xfrm.states()? {
-        if is_ours(state.if_id) {
+        if is_our_state(&state) {
             xfrm.remove_state(&state.id)?;
         }
     }
     for policy in xfrm.policies()? {
-        if is_ours(policy.if_id) {
+        if is_our_policy(&policy) {
             xfrm.remove_policy(&policy)?;
         }
     }
@@ -690,18 +764,18 @@ fn in_order(selectors: &SelectorPair) -> SelectorPair {
 }
 
 /// What the SAs of a child are to receive, those of the newest first.
-fn received(
-    sas: &BTreeMap<SaId, Sa>,
-    tunnel: TunnelId,
-    child: ChildId,
-) -> Vec<(u32, &SelectorPair)> {
+fn received(sas: &BTreeMap<SaId, Sa>, tunnel: TunnelId, child: ChildId) -> Vec<Receiving<'_>> {
     let inbound = sas.values().rev().filter(|sa| {
         sa.tunnel == tunnel && sa.child == child && sa.direction == Direction::Inbound
     });
     let mut known = BTreeSet::new();
     inbound
         .filter(|sa| known.insert(sa.reqid))
-        .map(|sa| (sa.reqid, &sa.selectors))
+        .map(|sa| Receiving {
+            reqid: sa.reqid,
+            selectors: &sa.selectors,
+            card: sa.card,
+        })
         .collect()
 }
 

@@ -12,3 +12,4 @@ pub mod engine;
 pub mod policies;
 pub mod probe;
 pub mod selectors;
+mod transport;

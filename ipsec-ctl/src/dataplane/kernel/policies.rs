@@ -14,7 +14,7 @@ use ipsec_common::{Spi, TrafficSelector};
 use super::selectors::{Inexpressible, between};
 use crate::{
     dataplane::seam::{Outer, SelectorPair},
-    net::xfrm::{Action, Policy, PolicyDirection, PortMask, Selector, Template},
+    net::xfrm::{Action, Mode, Policy, PolicyDirection, PortMask, Selector, Template},
 };
 
 /// Children are asked in the order of the configuration, from here on.
@@ -33,8 +33,8 @@ pub struct ChildPlan<'a> {
     pub number: u32,
     /// The SAs that send, newest first.
     pub outbound: Vec<Sending<'a>>,
-    /// What is received, newest first: what the states have, and their selectors.
-    pub inbound: Vec<(u32, &'a SelectorPair)>,
+    /// What is received, newest first.
+    pub inbound: Vec<Receiving<'a>>,
     /// Where a packet is to ask for an SA while none sends: the configured selectors, the peer, and what is asked for.
     pub trap: Option<(&'a SelectorPair, IpAddr, u32)>,
 }
@@ -50,9 +50,22 @@ pub struct Sending<'a> {
     pub reqid: u32,
     /// What it was negotiated for.
     pub selectors: &'a SelectorPair,
+    /// Index of the interface whose card does all of its ESP.
+    pub card: Option<u32>,
 }
 
-/// The policies of a tunnel.
+/// SAs that receive, of the same selectors.
+#[derive(Debug)]
+pub struct Receiving<'a> {
+    /// What their states have.
+    pub reqid: u32,
+    /// What they were negotiated for.
+    pub selectors: &'a SelectorPair,
+    /// Index of the interface whose card does all of their ESP.
+    pub card: Option<u32>,
+}
+
+/// The policies of a tunnel with an xfrm interface.
 ///
 /// # Errors
 ///
@@ -60,11 +73,39 @@ pub struct Sending<'a> {
 pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, Inexpressible> {
     let mut plan = Plan {
         if_id,
+        mode: Mode::Tunnel,
+        first: FIRST_CHILD,
+        last: BACKSTOP - 1,
+        inward: &[PolicyDirection::In, PolicyDirection::Forward],
         policies: BTreeMap::new(),
     };
     for child in children {
+        plan.child(child)?;
+    }
+    for policy in backstops(if_id) {
+        plan.otherwise(policy);
+    }
+    Ok(plan.policies.into_values().collect())
+}
+
+/// Policies by what tells them apart in the kernel.
+pub(super) struct Plan {
+    pub(super) if_id: u32,
+    pub(super) mode: Mode,
+    /// Priorities of children.
+    pub(super) first: u32,
+    pub(super) last: u32,
+    /// Where what was received is held against policies.
+    pub(super) inward: &'static [PolicyDirection],
+    pub(super) policies: BTreeMap<(PolicyDirection, Selector), Policy>,
+}
+
+impl Plan {
+    /// What a child sends and receives.
+    pub(super) fn child(&mut self, child: &ChildPlan<'_>) -> Result<(), Inexpressible> {
+        let mode = self.mode;
         for sa in &child.outbound {
-            plan.add(
+            self.add(
                 PolicyDirection::Out,
                 between(&sa.selectors.local, &sa.selectors.remote)?,
                 child.number,
@@ -74,38 +115,76 @@ pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, 
                     // This SA and no other: which of several takes the traffic is the daemon's to say.
                     spi: sa.spi.0,
                     reqid: sa.reqid,
+                    mode,
                 },
+                sa.card,
             );
         }
         if let (true, Some((selectors, peer, reqid))) = (child.outbound.is_empty(), &child.trap) {
-            plan.add(
+            self.add(
                 PolicyDirection::Out,
                 between(&selectors.local, &selectors.remote)?,
                 child.number,
                 |_| Template {
                     destination: *peer,
+                    mode,
                     ..Template::anywhere(peer.is_ipv6(), *reqid)
                 },
+                None,
             );
         }
-        for (reqid, selectors) in &child.inbound {
-            for direction in [PolicyDirection::In, PolicyDirection::Forward] {
+        for sas in &child.inbound {
+            for &direction in self.inward {
                 // RFC 4301 section 5.2: what came in an SA must be what the SA was negotiated for. The outer source
                 // may have changed behind a NAT, and the ICV has vouched for the packet.
-                plan.add(
+                self.add(
                     direction,
-                    between(&selectors.remote, &selectors.local)?,
+                    between(&sas.selectors.remote, &sas.selectors.local)?,
                     child.number,
-                    |selector| Template::anywhere(selector.source.addr().is_ipv6(), *reqid),
+                    |selector| Template {
+                        mode,
+                        ..Template::anywhere(selector.source.addr().is_ipv6(), sas.reqid)
+                    },
+                    sas.card.filter(|_| direction == PolicyDirection::In),
                 );
             }
         }
+        Ok(())
     }
-    plan.block();
-    Ok(plan.policies.into_values().collect())
+
+    /// Of two children or SAs with the same selector the first one has it.
+    fn add(
+        &mut self,
+        direction: PolicyDirection,
+        selectors: Vec<Selector>,
+        child: u32,
+        template: impl Fn(&Selector) -> Template,
+        card: Option<u32>,
+    ) {
+        for selector in selectors {
+            self.policies
+                .entry((direction, selector))
+                .or_insert_with(|| Policy {
+                    direction,
+                    selector,
+                    priority: self
+                        .first
+                        .saturating_add(priority(child, direction, &selector))
+                        .min(self.last),
+                    if_id: self.if_id,
+                    action: Action::Protect(template(&selector)),
+                    card,
+                });
+        }
+    }
+
+    /// What becomes of packets that no child has.
+    pub(super) fn otherwise(&mut self, policy: Policy) {
+        self.policies.entry(policy.key()).or_insert(policy);
+    }
 }
 
-/// When the policy of a child is asked: those of earlier children first, of one child the most specific.
+/// When the policy of a child is asked, from the first priority on: those of earlier children first, of one child the most specific.
 fn priority(child: u32, direction: PolicyDirection, selector: &Selector) -> u32 {
     let (local, remote, remote_port) = match direction {
         PolicyDirection::Out => (
@@ -120,47 +199,7 @@ fn priority(child: u32, direction: PolicyDirection, selector: &Selector) -> u32 
     let free = |net: IpNet| MOST_BITS - u32::from(net.prefix_len());
     let any = u32::from(selector.protocol == 0) * 2 + u32::from(remote_port.mask == 0);
     let degree = (free(remote) * 4 + any) * (MOST_BITS + 1) + free(local);
-    FIRST_CHILD
-        .saturating_add(child.saturating_mul(DEGREES))
-        .saturating_add(degree)
-        .min(BACKSTOP - 1)
-}
-
-/// Policies by what tells them apart in the kernel.
-struct Plan {
-    if_id: u32,
-    policies: BTreeMap<(PolicyDirection, Selector), Policy>,
-}
-
-impl Plan {
-    /// Of two children or SAs with the same selector the first one has it.
-    fn add(
-        &mut self,
-        direction: PolicyDirection,
-        selectors: Vec<Selector>,
-        child: u32,
-        template: impl Fn(&Selector) -> Template,
-    ) {
-        for selector in selectors {
-            self.policies
-                .entry((direction, selector))
-                .or_insert_with(|| Policy {
-                    direction,
-                    selector,
-                    priority: priority(child, direction, &selector),
-                    if_id: self.if_id,
-                    action: Action::Protect(template(&selector)),
-                });
-        }
-    }
-
-    fn block(&mut self) {
-        for policy in backstops(self.if_id) {
-            self.policies
-                .entry((policy.direction, policy.selector))
-                .or_insert(policy);
-        }
-    }
+    child.saturating_mul(DEGREES).saturating_add(degree)
 }
 
 /// What blocks everything on an xfrm interface.
@@ -189,6 +228,7 @@ pub fn backstops(if_id: u32) -> Vec<Policy> {
                 priority: BACKSTOP,
                 if_id,
                 action: Action::Block,
+                card: None,
             })
         })
         .collect()
@@ -240,6 +280,15 @@ mod tests {
             outer: OUTER,
             reqid: 100,
             selectors,
+            card: None,
+        }
+    }
+
+    fn receives(reqid: u32, selectors: &SelectorPair) -> Receiving<'_> {
+        Receiving {
+            reqid,
+            selectors,
+            card: None,
         }
     }
 
@@ -248,7 +297,7 @@ mod tests {
         let out = of(policies, PolicyDirection::Out).into_iter();
         out.map(|policy| match policy.action {
             Action::Protect(template) => Some(template.spi),
-            Action::Block => None,
+            Action::Block | Action::Pass => None,
         })
         .collect()
     }
@@ -279,7 +328,7 @@ mod tests {
             7,
             &[ChildPlan {
                 outbound: vec![sends(9, &selectors)],
-                inbound: vec![(100, &selectors)],
+                inbound: vec![receives(100, &selectors)],
                 trap: Some((&selectors, OUTER.remote, 99)),
                 ..child(0)
             }],
@@ -293,6 +342,7 @@ mod tests {
                 destination: OUTER.remote,
                 spi: 9,
                 reqid: 100,
+                mode: Mode::Tunnel,
             })
         );
         assert_eq!(out[0].selector.destination, "10.2.0.0/24".parse().unwrap());
@@ -372,7 +422,7 @@ mod tests {
         let policies = plan(
             7,
             &[ChildPlan {
-                inbound: vec![(101, &one), (102, &other)],
+                inbound: vec![receives(101, &one), receives(102, &other)],
                 ..child(0)
             }],
         )

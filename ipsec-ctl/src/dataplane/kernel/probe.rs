@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 use super::algorithms::{algorithms, key_lengths};
 use crate::{
     esp::{EspKeys, EspSuite},
-    net::xfrm::{Limits, Replay, State, Xfrm},
+    net::xfrm::{Limits, Mode, Replay, State, Xfrm},
 };
 
 /// Whether the kernel has ESP with a suite: a state with it is added and removed again. It lets nothing through, for
@@ -28,6 +28,7 @@ pub fn esp(xfrm: &Xfrm, suite: EspSuite) -> Result<(), String> {
         destination: TEST_NET,
         // Two probes at once must not meet.
         spi: 0x8000_0000 | std::process::id(),
+        mode: Mode::Tunnel,
         reqid: 0,
         if_id: 0,
         algorithms: algorithms(suite, &keys).ok_or("the keys do not fit the algorithms")?,
@@ -37,6 +38,7 @@ pub fn esp(xfrm: &Xfrm, suite: EspSuite) -> Result<(), String> {
         limits: Limits::NONE,
         copy_dscp: true,
         clear_df: false,
+        card: None,
     };
     match xfrm.add_state(&state) {
         Ok(()) => xfrm

@@ -57,6 +57,10 @@ pub struct TunnelSpec {
     pub mtu: Option<u16>,
     /// Whether XDP and AF_XDP may carry it.
     pub fast_path: FastPath,
+    /// How its SAs carry packets.
+    pub mode: Mode,
+    /// What of the kernel's ESP the network card is to do.
+    pub offload: NicOffload,
     /// Don't-fragment bit of the outer IPv4 header.
     pub df: Df,
     /// Clamps the MSS of TCP SYNs in both directions to the device MTU.
@@ -115,6 +119,32 @@ pub enum FastPath {
     On,
     /// Never: everything goes through the kernel and the slow path.
     Off,
+}
+
+/// How SAs carry packets (RFC 4301 section 4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Whole, in another packet between the gateways.
+    #[default]
+    Tunnel,
+    /// Their payload, between this host and the peer; there is no device.
+    Transport,
+}
+
+/// What the network card is to do for a tunnel that the kernel carries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NicOffload {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The cryptography if it can.
+    Auto,
+    /// The cryptography; the ledger says so where it does not.
+    Crypto,
+    /// All of ESP; the ledger says so where it does not.
+    Packet,
 }
 
 /// Don't-fragment bit of the outer IPv4 header (RFC 4301 section 8.1).

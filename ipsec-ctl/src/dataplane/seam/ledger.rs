@@ -6,12 +6,57 @@ use super::SaId;
 use crate::net::netlink::NetlinkError;
 
 /// How one SA is carried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     /// The SA.
     pub sa: SaId,
     /// Fast path or not.
     pub offload: Offload,
+    /// What the network card does for it, if it was asked.
+    pub nic: Option<Nic>,
+}
+
+/// What a network card does for an SA of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum Nic {
+    /// It encrypts and decrypts; the rest is the kernel's.
+    Crypto,
+    /// It does all of ESP, and holds packets against the policies.
+    Packet,
+    /// Nothing: the kernel does it alone.
+    Declined {
+        /// Why.
+        reason: NicReason,
+        /// In the words of the kernel or of the card's driver; empty if there are none.
+        words: String,
+    },
+}
+
+/// Why a network card does nothing for an SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NicReason {
+    /// No device carries the peer: there is no route to it.
+    NoDevice,
+    /// The device that carries the peer has no such offload.
+    Unsupported,
+    /// The kernel or the card's driver refuses this SA.
+    Refused,
+    /// The card takes the SA, and not the policies that belong to it.
+    PoliciesRefused,
+}
+
+impl NicReason {
+    /// Its name in JSON, in `status` and in the docs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoDevice => "no-device",
+            Self::Unsupported => "unsupported",
+            Self::Refused => "refused",
+            Self::PoliciesRefused => "policies-refused",
+        }
+    }
 }
 
 /// Whether an SA takes the fast path.

@@ -12,10 +12,10 @@ mod stats;
 
 pub use command::{
     ChildId, ChildTrap, Command, Df, Direction, EngineChoice, FastPath, IkeDatagram, Lifetime,
-    Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+    Mode, NicOffload, Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
 };
 pub use config::EngineConfig;
 pub use event::{Event, Flow, LifetimeKind};
-pub use ledger::{KernelReason, Ledger, Offload, OffloadReason, Rejected};
+pub use ledger::{KernelReason, Ledger, Nic, NicReason, Offload, OffloadReason, Rejected};
 pub use request::{Reply, Request, SaFacts, Survey, TunnelFacts};
 pub use stats::{InterfaceStatus, PathCounters, SaStats, XdpMode};

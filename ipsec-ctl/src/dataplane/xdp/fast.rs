@@ -129,7 +129,11 @@ impl FastPaths {
             offload,
         };
         self.sas.insert(id, decided);
-        Ledger { sa: id, offload }
+        Ledger {
+            sa: id,
+            offload,
+            nic: None,
+        }
     }
 
     /// Forgets an SA. To be done while the tables still hold it: XDP must not know freed words.
@@ -166,6 +170,7 @@ impl FastPaths {
         self.sas.get(&id).map(|decided| Ledger {
             sa: id,
             offload: decided.offload,
+            nic: None,
         })
     }
 
@@ -205,7 +210,11 @@ impl FastPaths {
             if let (Some(inbound), Some(carrier)) = (&sa.inbound, &mut self.carrier) {
                 carrier.enter(inbound, offload);
             }
-            changed.push(Ledger { sa: *id, offload });
+            changed.push(Ledger {
+                sa: *id,
+                offload,
+                nic: None,
+            });
         }
         changed
     }

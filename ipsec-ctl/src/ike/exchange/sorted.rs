@@ -190,6 +190,8 @@ pub struct ChildOffer<'a> {
     pub ts_i: TrafficSelectors<'a>,
     /// Selectors of the responder's side.
     pub ts_r: TrafficSelectors<'a>,
+    /// In transport mode (RFC 7296 section 1.3.1): wished for in a request, agreed to in a response.
+    pub transport: bool,
 }
 
 impl<'a> ChildOffer<'a> {
@@ -197,6 +199,7 @@ impl<'a> ChildOffer<'a> {
         sa: Option<SecurityAssociation<'a>>,
         ts_i: Option<TrafficSelectors<'a>>,
         ts_r: Option<TrafficSelectors<'a>>,
+        notifies: &Notifies<'a>,
     ) -> Result<Option<Self>, SortError> {
         match (sa, ts_i, ts_r) {
             (None, None, None) => Ok(None),
@@ -204,6 +207,7 @@ impl<'a> ChildOffer<'a> {
                 sa: need(sa, "SA")?,
                 ts_i: need(ts_i, "TSi")?,
                 ts_r: need(ts_r, "TSr")?,
+                transport: notifies.has(NotifyType::USE_TRANSPORT_MODE),
             })),
         }
     }
@@ -236,7 +240,7 @@ impl<'a> AuthRequest<'a> {
             id_i: need(sorted.id_i, "IDi")?,
             id_r: sorted.id_r,
             auth: sorted.auth,
-            child: ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?,
+            child: ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r, &sorted.notifies)?,
             notifies: sorted.notifies,
         })
     }
@@ -272,7 +276,7 @@ impl<'a> AuthResponse<'a> {
             (Some(id_r), Some(auth), _) => Ok(Self::Proof {
                 id_r,
                 auth,
-                child: ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?,
+                child: ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r, &sorted.notifies)?,
                 notifies: sorted.notifies,
             }),
             (_, _, Some(error)) => Ok(Self::Refused(error)),
@@ -325,7 +329,10 @@ impl<'a> ChildRequest<'a> {
             return Ok(Self::RekeyIke { sa, nonce, ke });
         }
         Ok(Self::Child {
-            offer: need(ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?, "SA")?,
+            offer: need(
+                ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r, &sorted.notifies)?,
+                "SA",
+            )?,
             nonce,
             ke: sorted.ke,
             notifies: sorted.notifies,
@@ -380,7 +387,10 @@ impl<'a> ChildResponse<'a> {
             });
         }
         Ok(Self::Agreed {
-            offer: need(ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r)?, "SA")?,
+            offer: need(
+                ChildOffer::of(sorted.sa, sorted.ts_i, sorted.ts_r, &sorted.notifies)?,
+                "SA",
+            )?,
             nonce: need(sorted.nonce, "Nonce")?,
             ke: sorted.ke,
         })

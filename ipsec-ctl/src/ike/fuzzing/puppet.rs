@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 use crate::ike::{
     Endpoint, Identity,
     config::{
-        ChildConfig, ChildName, DpdMode, EndpointConfig, NatPolicy, OnDead, PeerConfig, PeerId,
-        Role, Unique,
+        ChildConfig, ChildName, DpdMode, EndpointConfig, Mode, NatPolicy, OnDead, PeerConfig,
+        PeerId, Role, Unique,
     },
     crypto::{
         Group, IkeSuite,
@@ -103,6 +103,7 @@ pub fn peer(role: Role) -> PeerConfig {
             proposals: vec!["aes256gcm16".parse().expect("a proposal")],
             lifetime: Duration::from_secs(600),
             on_dead: OnDead::Restart,
+            mode: Mode::Tunnel,
         }],
     }
 }

@@ -226,6 +226,7 @@ mod tests {
             proposals: Vec::new(),
             on_dead: crate::ike::config::OnDead::Restart,
             lifetime: std::time::Duration::ZERO,
+            mode: crate::ike::config::Mode::Tunnel,
         };
         let children = [
             child(0, "10.2.0.0-10.2.0.9"),

@@ -6,8 +6,11 @@ use std::{
 };
 
 use super::{
-    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, mobike,
-    rekey::Succession, sync::sync_supported,
+    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task,
+    child::{PendingChild, transport_mode},
+    mobike,
+    rekey::Succession,
+    sync::sync_supported,
 };
 use crate::ike::{
     Identity,
@@ -434,6 +437,7 @@ impl IkeSa {
             )));
         }
         if let (Some(pending), Some(spi)) = (&first, &spi) {
+            payloads.extend(transport_mode(pending.mode));
             payloads.extend([
                 Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, spi, true)),
                 Payload::TsInitiator(pending.ts_local()),

@@ -570,7 +570,7 @@ impl IkeSa {
     }
 
     /// Whether ESP goes in UDP: what detection found, or what the configuration forces on a peer that can.
-    fn encapsulates(&self, shared: &Shared) -> bool {
+    pub(in crate::ike::sa) fn encapsulates(&self, shared: &Shared) -> bool {
         use super::config::NatPolicy;
         match shared.nat_policy(self.peer) {
             NatPolicy::Forbid => false,

@@ -15,4 +15,5 @@ mod peers;
 mod refusals;
 mod rekey;
 mod search;
+mod transport;
 mod upkeep;

@@ -13,8 +13,8 @@ use super::network::{Conditions, Network, Seeded};
 use crate::ike::{
     Endpoint,
     config::{
-        ChildConfig, ChildName, DpdMode, EndpointConfig, NatPolicy, OnDead, PeerConfig, PeerId,
-        Role, Unique,
+        ChildConfig, ChildName, DpdMode, EndpointConfig, Mode, NatPolicy, OnDead, PeerConfig,
+        PeerId, Role, Unique,
     },
     event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeSaId},
     job::JobResult,
@@ -90,6 +90,7 @@ pub(super) fn child(id: u32, local: &[&str], remote: &[&str], esp: &str) -> Chil
         proposals: vec![esp.parse().unwrap()],
         on_dead: OnDead::Restart,
         lifetime: Duration::from_secs(3600),
+        mode: Mode::Tunnel,
     }
 }
 

@@ -15,7 +15,7 @@ mod tests;
 pub use connection::Xfrm;
 pub use interface::XfrmInterface;
 pub use policy::{Action, Policy, PolicyDirection, PortMask, Selector, Template};
-pub use state::{Algorithms, Encap, Limits, Replay, State, StateId, StateStatus};
+pub use state::{Algorithms, Encap, Limits, Mode, OnCard, Replay, State, StateId, StateStatus};
 pub use watch::{Notice, Watch};
 
 use netlink_packet_core::ParseableParametrized;

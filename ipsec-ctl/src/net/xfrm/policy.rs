@@ -8,12 +8,12 @@ use std::{
 use ipnet::IpNet;
 use netlink_packet_xfrm::{
     Address, IPPROTO_ESP, Selector as WireSelector, UserPolicyId, UserPolicyInfo, UserTemplate,
-    XFRM_MODE_TUNNEL, XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK, XFRM_POLICY_FWD, XFRM_POLICY_IN,
-    XFRM_POLICY_OUT, XfrmAttrs, XfrmMessage,
+    XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK, XFRM_POLICY_FWD, XFRM_POLICY_IN, XFRM_POLICY_OUT,
+    XfrmAttrs, XfrmMessage,
     policy::{DelGetMessage, ModifyMessage},
 };
 
-use super::state::ip;
+use super::state::{Mode, OnCard, ip};
 
 /// Which packets a policy is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,6 +77,8 @@ pub struct Template {
     pub spi: u32,
     /// What the state must have.
     pub reqid: u32,
+    /// How the state carries packets.
+    pub mode: Mode,
 }
 
 /// What becomes of the packets.
@@ -84,6 +86,8 @@ pub struct Template {
 pub enum Action {
     /// They are dropped.
     Block,
+    /// They pass as they are.
+    Pass,
     /// They pass in this SA only.
     Protect(Template),
 }
@@ -101,6 +105,8 @@ pub struct Policy {
     pub if_id: u32,
     /// What becomes of them.
     pub action: Action,
+    /// Index of the interface whose card is to look after it as well.
+    pub card: Option<u32>,
 }
 
 impl fmt::Display for Policy {
@@ -127,13 +133,14 @@ impl Template {
             destination: any,
             spi: 0,
             reqid,
+            mode: Mode::Tunnel,
         }
     }
 
     fn message(&self) -> UserTemplate {
         let mut template = UserTemplate {
             reqid: self.reqid,
-            mode: XFRM_MODE_TUNNEL,
+            mode: self.mode.number(),
             ..UserTemplate::default()
         };
         template.source(&self.source);
@@ -144,13 +151,13 @@ impl Template {
     }
 
     fn of(template: &UserTemplate) -> Option<Self> {
-        let ours = template.id.proto == IPPROTO_ESP && template.mode == XFRM_MODE_TUNNEL;
-        ours.then_some(())?;
+        (template.id.proto == IPPROTO_ESP).then_some(())?;
         Some(Self {
             source: ip(template.family, &template.saddr)?,
             destination: ip(template.family, &template.id.daddr)?,
             spi: template.id.spi,
             reqid: template.reqid,
+            mode: Mode::of(template.mode)?,
         })
     }
 }
@@ -193,9 +200,15 @@ impl Selector {
 }
 
 impl Policy {
+    /// What tells it apart from others of its interface in the kernel.
+    pub fn key(&self) -> (PolicyDirection, Selector) {
+        (self.direction, self.selector)
+    }
+
     pub(super) fn message(&self) -> ModifyMessage {
         let (action, template) = match &self.action {
             Action::Block => (XFRM_POLICY_BLOCK, None),
+            Action::Pass => (XFRM_POLICY_ALLOW, None),
             Action::Protect(template) => (XFRM_POLICY_ALLOW, Some(template.message())),
         };
         let mut nlas: Vec<_> = template
@@ -203,6 +216,14 @@ impl Policy {
             .into_iter()
             .collect();
         nlas.extend(self.interface());
+        nlas.extend(self.card.map(|device| {
+            let card = OnCard {
+                device,
+                inbound: false,
+                packet: true,
+            };
+            card.attribute()
+        }));
         ModifyMessage {
             user_policy_info: UserPolicyInfo {
                 selector: self.selector.message(),
@@ -236,11 +257,12 @@ impl Policy {
             return None;
         };
         let info = &policy.user_policy_info;
-        let (mut if_id, mut templates) = (0, &[] as &[UserTemplate]);
+        let (mut if_id, mut card, mut templates) = (0, None, &[] as &[UserTemplate]);
         for attribute in &policy.nlas {
             match attribute {
                 XfrmAttrs::IfId(number) => if_id = *number,
                 XfrmAttrs::Template(list) => templates = list,
+                XfrmAttrs::OffloadDevice(device) => card = OnCard::of(device),
                 _ => {}
             }
         }
@@ -251,9 +273,11 @@ impl Policy {
             if_id,
             action: match (info.action, templates) {
                 (XFRM_POLICY_BLOCK, _) => Action::Block,
+                (XFRM_POLICY_ALLOW, []) => Action::Pass,
                 (XFRM_POLICY_ALLOW, [template]) => Action::Protect(Template::of(template)?),
                 _ => return None,
             },
+            card: card.map(|card| card.device),
         })
     }
 }

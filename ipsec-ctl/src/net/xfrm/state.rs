@@ -4,8 +4,9 @@ use std::{fmt, net::IpAddr};
 
 use netlink_packet_xfrm::{
     Address, Alg, AlgAead, AlgAuth, EncapTmpl, IPPROTO_ESP, LifetimeConfig, ReplayEsn,
-    UDP_ENCAP_ESPINUDP, UserSaId, UserSaInfo, XFRM_MODE_TUNNEL, XFRM_SA_XFLAG_DONT_ENCAP_DSCP,
-    XFRM_STATE_AF_UNSPEC, XFRM_STATE_ESN, XFRM_STATE_NOPMTUDISC, XfrmAttrs, XfrmMessage,
+    UDP_ENCAP_ESPINUDP, UserOffloadDev, UserSaId, UserSaInfo, XFRM_MODE_TRANSPORT,
+    XFRM_MODE_TUNNEL, XFRM_OFFLOAD_INBOUND, XFRM_SA_XFLAG_DONT_ENCAP_DSCP, XFRM_STATE_AF_UNSPEC,
+    XFRM_STATE_ESN, XFRM_STATE_NOPMTUDISC, XfrmAttrs, XfrmMessage,
     state::{DelGetMessage, ModifyMessage},
 };
 use zeroize::{Zeroize, Zeroizing};
@@ -93,8 +94,43 @@ pub struct Replay {
     pub received: u64,
 }
 
+/// The network card that is to carry a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnCard {
+    /// Index of its interface.
+    pub device: u32,
+    /// The state receives.
+    pub inbound: bool,
+    /// The card does all of ESP, not the cryptography alone.
+    pub packet: bool,
+}
+
 /// The longest window that the kernel takes.
 const LONGEST_WINDOW: u32 = 4096;
+
+/// How a state carries packets (RFC 4301 section 4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mode {
+    /// Whole, in another packet.
+    Tunnel,
+    /// Their payload.
+    Transport,
+}
+
+impl Mode {
+    pub(super) fn number(self) -> u8 {
+        match self {
+            Self::Tunnel => XFRM_MODE_TUNNEL,
+            Self::Transport => XFRM_MODE_TRANSPORT,
+        }
+    }
+
+    pub(super) fn of(number: u8) -> Option<Self> {
+        [Self::Tunnel, Self::Transport]
+            .into_iter()
+            .find(|mode| mode.number() == number)
+    }
+}
 
 /// How the kernel names a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -111,7 +147,7 @@ impl fmt::Display for StateId {
     }
 }
 
-/// An ESP state in tunnel mode.
+/// An ESP state.
 #[derive(Clone, Debug)]
 pub struct State {
     /// Source of the outer packets.
@@ -120,6 +156,8 @@ pub struct State {
     pub destination: IpAddr,
     /// SPI.
     pub spi: u32,
+    /// How it carries packets.
+    pub mode: Mode,
     /// By which policies choose it; 0 is none.
     pub reqid: u32,
     /// Of the xfrm interface that it belongs to; 0 is none.
@@ -138,6 +176,8 @@ pub struct State {
     pub copy_dscp: bool,
     /// Clears the outer don't-fragment bit instead of copying the inner one.
     pub clear_df: bool,
+    /// What a network card is to do.
+    pub card: Option<OnCard>,
 }
 
 impl State {
@@ -152,9 +192,12 @@ impl State {
     pub(super) fn message(&self) -> ModifyMessage {
         let mut info = UserSaInfo {
             reqid: self.reqid,
-            mode: XFRM_MODE_TUNNEL,
-            // Inner packets of either family; which, the policies say.
-            flags: XFRM_STATE_AF_UNSPEC,
+            mode: self.mode.number(),
+            flags: match self.mode {
+                // Inner packets of either family; which, the policies say.
+                Mode::Tunnel => XFRM_STATE_AF_UNSPEC,
+                Mode::Transport => 0,
+            },
             lifetime_cfg: LifetimeConfig {
                 soft_byte_limit: self.limits.soft_bytes,
                 hard_byte_limit: self.limits.hard_bytes,
@@ -194,10 +237,39 @@ impl State {
         if !self.copy_dscp {
             nlas.push(XfrmAttrs::ExtraFlags(XFRM_SA_XFLAG_DONT_ENCAP_DSCP));
         }
+        nlas.extend(self.card.map(OnCard::attribute));
         ModifyMessage {
             user_sa_info: info,
             nlas,
         }
+    }
+}
+
+impl OnCard {
+    /// `XFRM_OFFLOAD_PACKET` of linux/xfrm.h (Linux 6.2).
+    const PACKET: u8 = 4;
+
+    pub(super) fn attribute(self) -> XfrmAttrs {
+        let (mut flags, device) = (0, i32::try_from(self.device));
+        if self.inbound {
+            flags |= XFRM_OFFLOAD_INBOUND;
+        }
+        if self.packet {
+            flags |= Self::PACKET;
+        }
+        XfrmAttrs::OffloadDevice(UserOffloadDev {
+            // Indexes are positive numbers of an int; 0 is no device.
+            ifindex: device.unwrap_or_default(),
+            flags,
+        })
+    }
+
+    pub(super) fn of(attribute: &UserOffloadDev) -> Option<Self> {
+        Some(Self {
+            device: u32::try_from(attribute.ifindex).ok()?,
+            inbound: attribute.flags & XFRM_OFFLOAD_INBOUND != 0,
+            packet: attribute.flags & Self::PACKET != 0,
+        })
     }
 }
 
@@ -340,6 +412,8 @@ pub struct StateStatus {
     pub replayed: u32,
     /// Packets whose ICV was wrong.
     pub forged: u32,
+    /// What a network card does of it.
+    pub card: Option<OnCard>,
 }
 
 impl StateStatus {
@@ -366,10 +440,12 @@ impl StateStatus {
             too_old: info.stats.replay_window,
             replayed: info.stats.replay,
             forged: info.stats.integrity_failed,
+            card: None,
         };
         for attribute in &state.nlas {
             match attribute {
                 XfrmAttrs::IfId(if_id) => status.if_id = *if_id,
+                XfrmAttrs::OffloadDevice(device) => status.card = OnCard::of(device),
                 XfrmAttrs::ReplayStateEsn(replay) => {
                     status.sent = whole(replay.oseq_hi, replay.oseq);
                     status.received = whole(replay.seq_hi, replay.seq);

@@ -46,6 +46,7 @@ fn state(source: &str, destination: &str, algorithms: Algorithms) -> State {
         source: source.parse().unwrap(),
         destination: destination.parse().unwrap(),
         spi: 0x10,
+        mode: Mode::Tunnel,
         reqid: 0,
         if_id: 0,
         algorithms,
@@ -55,6 +56,7 @@ fn state(source: &str, destination: &str, algorithms: Algorithms) -> State {
         limits: Limits::NONE,
         copy_dscp: true,
         clear_df: false,
+        card: None,
     }
 }
 
@@ -150,7 +152,9 @@ fn policies() -> [Policy; 2] {
                 destination: "192.0.2.2".parse().unwrap(),
                 spi: 0xc0ff_ee01,
                 reqid: 7,
+                mode: Mode::Tunnel,
             }),
+            card: None,
         },
         Policy {
             direction: PolicyDirection::Forward,
@@ -164,6 +168,7 @@ fn policies() -> [Policy; 2] {
             priority: 5,
             if_id: 0,
             action: Action::Block,
+            card: None,
         },
     ]
 }

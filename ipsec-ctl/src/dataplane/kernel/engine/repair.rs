@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::{Everything, Inner, is_ours, used};
+use super::{Everything, Inner, NO_IF_ID, is_our_state, is_ours, used};
 use crate::{
-    dataplane::seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
+    dataplane::{
+        kernel::transport,
+        seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
+    },
     net::xfrm::{Policy, StateId},
 };
 
@@ -24,10 +27,9 @@ impl Inner {
             return;
         };
         let known: HashSet<StateId> = all.sas.values().map(|sa| sa.state).collect();
-        for state in states
-            .iter()
-            .filter(|state| state.if_id == if_id && !known.contains(&state.id))
-        {
+        for state in states.iter().filter(|state| {
+            is_our_state(state) && state.if_id == if_id && !known.contains(&state.id)
+        }) {
             let _ = self.xfrm.remove_state(&state.id);
         }
     }
@@ -85,11 +87,7 @@ impl Inner {
             let Some(tunnel) = all.tunnels.get_mut(&id) else {
                 continue;
             };
-            let there: BTreeSet<Policy> = policies
-                .iter()
-                .filter(|policy| policy.if_id == tunnel.if_id)
-                .copied()
-                .collect();
+            let there = tunnel.own(&policies);
             if there == tunnel.policies {
                 continue;
             }
@@ -114,7 +112,7 @@ impl Inner {
         };
         let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
         for id in ids {
-            let Some(tunnel) = all.tunnels.get(&id) else {
+            let Some(tunnel) = all.tunnels.get(&id).filter(|tunnel| tunnel.has_device()) else {
                 continue;
             };
             let there = interfaces
@@ -150,6 +148,11 @@ impl Inner {
     async fn remove_leftovers(&self, all: &Everything) {
         let used = used(all);
         let stray = |if_id: u32| is_ours(if_id) && !used.contains(&if_id);
+        let states: HashSet<StateId> = all.sas.values().map(|sa| sa.state).collect();
+        let wanted = |policy: &Policy| {
+            let mut tunnels = all.tunnels.values();
+            tunnels.any(|tunnel| tunnel.policies.contains(policy))
+        };
         for interface in self.netlink.xfrm_interfaces().await.unwrap_or_default() {
             if stray(interface.if_id)
                 && let Err(error) = self.netlink.remove_link(interface.index).await
@@ -158,12 +161,13 @@ impl Inner {
             }
         }
         for state in self.xfrm.states().unwrap_or_default() {
-            if stray(state.if_id) {
+            let lost = state.if_id == NO_IF_ID && !states.contains(&state.id);
+            if stray(state.if_id) || (lost && is_our_state(&state)) {
                 let _ = self.xfrm.remove_state(&state.id);
             }
         }
         for policy in self.xfrm.policies().unwrap_or_default() {
-            if stray(policy.if_id) {
+            if stray(policy.if_id) || (transport::is_ours(&policy) && !wanted(&policy)) {
                 let _ = self.xfrm.remove_policy(&policy);
             }
         }

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, is_ours, received, used};
+use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours, received, used};
 use crate::{
     dataplane::{
-        kernel::policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
-        seam::{ChildId, Df, Event, KernelReason, Rejected, SaId, TunnelId, TunnelSpec},
+        kernel::{
+            policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
+            transport,
+        },
+        seam::{ChildId, Df, Event, KernelReason, Mode, Rejected, SaId, TunnelId, TunnelSpec},
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
     net::{sysctl, xfrm::Policy},
@@ -59,6 +62,21 @@ impl Tunnel {
         children.any(|one| one.id == child && one.on_demand) && !self.outbound.contains_key(&child)
     }
 
+    /// Whether it has one: in transport mode packets leave as they are, by the interface that carries the peer.
+    pub(super) fn has_device(&self) -> bool {
+        self.spec.mode == Mode::Tunnel
+    }
+
+    /// Which of the kernel's policies are this tunnel's.
+    pub(super) fn own(&self, policies: &[Policy]) -> BTreeSet<Policy> {
+        let mine: BTreeSet<_> = self.policies.iter().map(Policy::key).collect();
+        let own = policies.iter().filter(|policy| match self.spec.mode {
+            Mode::Tunnel => policy.if_id == self.if_id,
+            Mode::Transport => transport::is_ours(policy) && mine.contains(&policy.key()),
+        });
+        own.copied().collect()
+    }
+
     pub(super) fn clears_df(&self) -> bool {
         self.spec.df == Df::Clear
     }
@@ -78,21 +96,37 @@ impl Inner {
             ));
         }
         let id = spec.id;
+        if all
+            .tunnels
+            .get(&id)
+            .is_some_and(|old| old.spec.mode != spec.mode)
+        {
+            self.remove_tunnel(all, id).await?;
+        }
         let old = all.tunnels.remove(&id);
         if let Some(old) = &old
+            && old.has_device()
             && old.spec.device != spec.device
         {
             self.netlink.remove_link(old.ifindex).await?;
         }
-        let (if_id, policies) = match &old {
-            Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
-            Some(_) | None => self.create(all, &spec.device).await?,
+        let (if_id, policies) = match (&old, spec.mode) {
+            (Some(old), Mode::Transport) => (old.if_id, old.policies.clone()),
+            (None, Mode::Transport) => (NO_IF_ID, self.left_in_transport_mode(&spec)?),
+            (Some(old), Mode::Tunnel) if old.spec.device == spec.device => {
+                (old.if_id, old.policies.clone())
+            }
+            (Some(_) | None, Mode::Tunnel) => self.create(all, &spec.device).await?,
         };
         let is_new = old.as_ref().is_none_or(|old| old.if_id != if_id);
-        let link = self.netlink.link(&spec.device).await?;
-        let ifindex = link
-            .ok_or_else(|| Rejected::by_kernel("look the xfrm interface up", &"it is gone"))?
-            .index;
+        let ifindex = match spec.mode {
+            Mode::Transport => 0,
+            Mode::Tunnel => {
+                let link = self.netlink.link(&spec.device).await?;
+                let gone = || Rejected::by_kernel("look the xfrm interface up", &"it is gone");
+                link.ok_or_else(gone)?.index
+            }
+        };
         let mut reqids: BTreeMap<ChildId, u32> = old
             .as_ref()
             .map(|old| old.reqids.clone())
@@ -121,6 +155,18 @@ impl Inner {
         self.bring_up(all, id).await?;
         self.fit_mtu(all, id).await;
         Ok(())
+    }
+
+    /// What a former life, or `guard`, has left of a tunnel's policies.
+    fn left_in_transport_mode(&self, spec: &TunnelSpec) -> Result<BTreeSet<Policy>, Rejected> {
+        let selectors: Vec<_> = spec.children.iter().map(|child| &child.selectors).collect();
+        let wanted = transport::plan(&selectors, &[], self.lodge.ports())
+            .map_err(|error| Rejected::by_kernel("describe the selectors", &error))?;
+        let wanted: BTreeSet<_> = wanted.iter().map(Policy::key).collect();
+        let left = self.xfrm.policies()?.into_iter();
+        Ok(left
+            .filter(|policy| transport::is_ours(policy) && wanted.contains(&policy.key()))
+            .collect())
     }
 
     /// Creates the device, or takes over the one that a former life has left; returns its number and its policies.
@@ -175,6 +221,9 @@ impl Inner {
         let Some(tunnel) = all.tunnels.get(&id) else {
             return Err(Rejected::UnknownTunnel);
         };
+        if !tunnel.has_device() {
+            return Ok(());
+        }
         let (spec, index) = (&tunnel.spec, tunnel.ifindex);
         let addresses = &spec.routing.addresses;
         if !addresses.iter().any(|net| net.addr().is_ipv6()) {
@@ -205,8 +254,12 @@ impl Inner {
         let Some(tunnel) = all.tunnels.remove(&id) else {
             return Err(Rejected::UnknownTunnel);
         };
-        self.lodge.remove_routes(id).await;
-        let removed = self.netlink.remove_link(tunnel.ifindex).await;
+        let removed = if tunnel.has_device() {
+            self.lodge.remove_routes(id).await;
+            self.netlink.remove_link(tunnel.ifindex).await
+        } else {
+            Ok(())
+        };
         for policy in &tunnel.policies {
             self.xfrm.remove_policy(policy)?;
         }
@@ -237,6 +290,7 @@ impl Inner {
                             outer: sa.outer,
                             reqid: sa.reqid,
                             selectors: &sa.selectors,
+                            card: sa.card,
                         })
                         .collect(),
                     inbound: received(&all.sas, id, child.id),
@@ -247,7 +301,15 @@ impl Inner {
                 }
             })
             .collect();
-        let wanted = plan(tunnel.if_id, &children).map_err(|error| {
+        let planned = match tunnel.spec.mode {
+            Mode::Tunnel => plan(tunnel.if_id, &children),
+            Mode::Transport => {
+                let configured = tunnel.spec.children.iter().map(|child| &child.selectors);
+                let configured: Vec<_> = configured.collect();
+                transport::plan(&configured, &children, self.lodge.ports())
+            }
+        };
+        let wanted = planned.map_err(|error| {
             Rejected::by_kernel(
                 &format!("describe the selectors of {}", tunnel.spec.name),
                 &error,
@@ -261,7 +323,7 @@ impl Inner {
         }
         let replaced = |old: &Policy| {
             let mut wanted = wanted.iter();
-            wanted.any(|new| (new.direction, new.selector) == (old.direction, old.selector))
+            wanted.any(|new| new.key() == old.key())
         };
         for policy in tunnel.policies.difference(&wanted) {
             if !replaced(policy) {
@@ -274,7 +336,7 @@ impl Inner {
 
     /// Gives the device the MTU that its SAs and their paths leave.
     pub(super) async fn fit_mtu(&self, all: &mut Everything, id: TunnelId) {
-        let Some(tunnel) = all.tunnels.get_mut(&id) else {
+        let Some(tunnel) = all.tunnels.get_mut(&id).filter(|one| one.has_device()) else {
             return;
         };
         let sending = tunnel.outbound.values().flatten();

@@ -37,9 +37,9 @@ impl Lodge {
         self.0.config.mark
     }
 
-    /// UDP port of IKE and ESP behind NAT.
-    pub fn nat_port(&self) -> u16 {
-        self.0.config.nat_port
+    /// UDP ports of IKE, and of IKE and ESP behind NAT.
+    pub fn ports(&self) -> [u16; 2] {
+        [self.0.config.ike_port, self.0.config.nat_port]
     }
 
     /// Routes into a tunnel's device, with the backstops behind them, from now on.

@@ -2,9 +2,9 @@
 
 use ipsec_common::TrafficSelector;
 
-use super::{Agreed, ChildAnswer, ChildJob, Waiting};
+use super::{Agreed, ChildAnswer, ChildJob, Waiting, transport_mode};
 use crate::ike::{
-    config::ChildConfig,
+    config::{ChildConfig, Mode},
     crypto::{ke::PrivateKey, keys::Nonces},
     endpoint::{Origin, Shared},
     event::{FailureReason, Stage},
@@ -112,6 +112,7 @@ impl IkeSa {
             );
             return Err((NotifyType::NO_PROPOSAL_CHOSEN, Vec::new()));
         };
+        self.judge_mode(shared, &child, offer)?;
         let whole = selectors::all_covered(&narrowed.local, &local)
             && selectors::all_covered(&narrowed.remote, &remote);
         Ok(Judged {
@@ -121,6 +122,26 @@ impl IkeSa {
             remote: narrowed.remote,
             child,
         })
+    }
+
+    /// Whether a child that is in transport mode here is asked for in transport mode, and can have it.
+    fn judge_mode(
+        &self,
+        shared: &mut Shared,
+        child: &ChildConfig,
+        offer: &ChildOffer<'_>,
+    ) -> Result<(), ChildRefusal> {
+        let problem = match child.mode {
+            // RFC 7296 section 1.3.1: transport mode is a wish, which an answer without the notify declines.
+            Mode::Tunnel => return Ok(()),
+            Mode::Transport if !offer.transport => "the peer asks for tunnel mode",
+            Mode::Transport if self.encapsulates(shared) => "there is a NAT in between",
+            Mode::Transport => return Ok(()),
+        };
+        let detail = format!("child {} is in transport mode, and {problem}", child.name);
+        let reason = FailureReason::WeRefusedProposals;
+        self.fail(shared, Stage::Child, reason, detail);
+        Err((NotifyType::NO_PROPOSAL_CHOSEN, Vec::new()))
     }
 
     /// Answers the child that came with IKE_AUTH; its keys come from the nonces of IKE_SA_INIT.
@@ -249,6 +270,7 @@ impl IkeSa {
             Payload::TsInitiator(TrafficSelectors::new(&agreed.remote)),
             Payload::TsResponder(TrafficSelectors::new(&agreed.local)),
         ]);
+        payloads.extend(transport_mode(agreed.mode));
         self.respond(
             shared,
             now,
@@ -267,6 +289,7 @@ impl Judged {
             suite: self.choice.suite,
             local: self.local.clone(),
             remote: self.remote.clone(),
+            mode: self.child.mode,
             nonce,
         }
     }

@@ -1,8 +1,8 @@
 //! Children that we ask for, and what we make of the answer (RFC 7296 sections 1.3.1 and 2.9).
 
-use super::{Agreed, ChildJob, Part, PendingChild, Waiting};
+use super::{Agreed, ChildJob, Part, PendingChild, Waiting, transport_mode};
 use crate::ike::{
-    config::{ChildName, Role},
+    config::{ChildName, Mode, Role},
     crypto::{Group, ke::PrivateKey, keys::Nonces},
     endpoint::Shared,
     event::{FailureReason, Stage},
@@ -94,6 +94,7 @@ impl IkeSa {
                 ..Notify::new(NotifyType::REKEY_SA, &[])
             }));
         }
+        payloads.extend(transport_mode(pending.mode));
         payloads.extend([
             Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, &spi, false)),
             Payload::Nonce(nonce),
@@ -126,7 +127,7 @@ impl IkeSa {
         pending: PendingChild,
         offer: &ChildOffer<'_>,
     ) {
-        match self.check_answer(&pending, offer, true) {
+        match self.check_answer(shared, &pending, offer, true) {
             Ok(agreed) => {
                 let keys = self.child_keys(&agreed.suite, None, None);
                 self.child_agreed(shared, now, &pending, &agreed, keys);
@@ -152,7 +153,7 @@ impl IkeSa {
             }
             ChildResponse::Agreed { offer, nonce, ke } => (offer, nonce, ke),
         };
-        let mut agreed = match self.check_answer(&pending, offer, false) {
+        let mut agreed = match self.check_answer(shared, &pending, offer, false) {
             Ok(agreed) => agreed,
             Err(detail) => return self.bad_answer(shared, now, &pending, detail),
         };
@@ -184,6 +185,7 @@ impl IkeSa {
     /// What the responder chose, if it is among what we offered.
     pub(in crate::ike::sa) fn check_answer(
         &self,
+        shared: &Shared,
         pending: &PendingChild,
         offer: &ChildOffer<'_>,
         first: bool,
@@ -196,6 +198,21 @@ impl IkeSa {
                     proposals::describe(&offer.sa)
                 )
             })?;
+        // RFC 7296 section 1.3.1: a responder that leaves the notify out has set up tunnel mode; one that we did not ask
+        // for transport mode must not agree to it.
+        if offer.transport != (pending.mode == Mode::Transport) {
+            return Err(format!(
+                "it answers in {} mode",
+                if offer.transport {
+                    "transport"
+                } else {
+                    "tunnel"
+                }
+            ));
+        }
+        if offer.transport && self.encapsulates(shared) {
+            return Err("transport mode does not cross the NAT in between".to_owned());
+        }
         let local: Vec<_> = offer.ts_i.known().collect();
         let remote: Vec<_> = offer.ts_r.known().collect();
         // RFC 7296 section 2.9: the responder may narrow and must not widen.
@@ -216,6 +233,7 @@ impl IkeSa {
             suite: choice.suite,
             local,
             remote,
+            mode: pending.mode,
             nonce: Vec::new(),
         })
     }

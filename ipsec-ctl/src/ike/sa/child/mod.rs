@@ -12,7 +12,7 @@ use super::{
     rekey::{IkeJob, Lifetime, Replaces, Standing},
 };
 use crate::ike::{
-    config::{ChildConfig, ChildName},
+    config::{ChildConfig, ChildName, Mode},
     crypto::{ChildSuite, EspProposal, Group, ke::PrivateKey},
     endpoint::Shared,
     event::ChildSaId,
@@ -65,6 +65,7 @@ pub(in crate::ike) struct PendingChild {
     detours: u32,
     /// The pair that it is to take the place of.
     pub(in crate::ike::sa) replaces: Option<Replaces>,
+    pub(in crate::ike::sa) mode: Mode,
 }
 
 /// What a pair of SAs is for, as seen from the configured child.
@@ -113,6 +114,7 @@ pub(in crate::ike) struct Agreed {
     suite: ChildSuite,
     local: Vec<TrafficSelector>,
     remote: Vec<TrafficSelector>,
+    mode: Mode,
     /// The other side's nonce where we ask, ours where we answer.
     pub(in crate::ike::sa) nonce: Vec<u8>,
 }
@@ -167,6 +169,7 @@ impl PendingChild {
             part: Part::Whole,
             detours: 0,
             replaces: None,
+            mode: config.mode,
         }
     }
 
@@ -255,6 +258,7 @@ impl PendingChild {
                     Payload::TsInitiator(TrafficSelectors::new(&agreed.remote)),
                     Payload::TsResponder(TrafficSelectors::new(&agreed.local)),
                 ]);
+                payloads.extend(transport_mode(agreed.mode));
                 if *narrowed {
                     payloads.push(Payload::Notify(Notify::new(
                         NotifyType::ADDITIONAL_TS_POSSIBLE,
@@ -263,5 +267,17 @@ impl PendingChild {
                 }
             }
         }
+    }
+}
+
+/// What asks for transport mode, or agrees to it.
+// RFC 7296 section 1.3.1: without this notify, on either side, the child is in tunnel mode.
+pub(in crate::ike::sa) fn transport_mode(mode: Mode) -> Option<Payload<'static>> {
+    match mode {
+        Mode::Tunnel => None,
+        Mode::Transport => Some(Payload::Notify(Notify::new(
+            NotifyType::USE_TRANSPORT_MODE,
+            &[],
+        ))),
     }
 }
