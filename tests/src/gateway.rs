@@ -2,14 +2,20 @@
 
 use std::{
     fs::{self, File},
-    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt, process::ExitStatusExt},
+    },
     path::{Path, PathBuf},
     process::{Child, ExitStatus, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
-use ipsec_ctl::api::model::{self, Counter, State, Status};
+use ipsec_ctl::api::{
+    client::{Client, ClientError},
+    model::{self, Counter, State, Status},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -229,6 +235,16 @@ impl<'a> Gateway<'a> {
             .create(true)
             .append(true)
             .open(self.file("log"))?;
+        self.run_with_log(log)
+    }
+
+    /// As [`Self::run`], with a log of one's own: a file or a pipe.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::start`].
+    pub fn run_with_log(&mut self, log: impl Into<OwnedFd>) -> anyhow::Result<()> {
+        let log = log.into();
         let child = self
             .netns
             .command(&program()?.display().to_string())?
@@ -510,6 +526,21 @@ impl<'a> Gateway<'a> {
 
     fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// Asks the daemon without a process of `ipsec-ctl`, where a test asks often.
+    ///
+    /// # Errors
+    ///
+    /// The daemon does not answer, or refuses.
+    pub fn asked<T>(
+        &self,
+        exchange: impl AsyncFnOnce(Client) -> Result<T, ClientError>,
+    ) -> anyhow::Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        Ok(runtime.block_on(exchange(Client::new(&self.socket())))?)
     }
 
     fn ask(&self, arguments: &[&str]) -> anyhow::Result<String> {

@@ -17,6 +17,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Context;
+use serde_json::Value;
 
 use crate::{
     netdevsim::Cards,
@@ -228,6 +229,25 @@ impl Topology {
             &self.host_b,
             &self.attacker,
         ]
+    }
+
+    /// Packets that its links have dropped so far, because whoever should take them had no time.
+    ///
+    /// # Errors
+    ///
+    /// Those of `ip`.
+    pub fn overrun(&self) -> anyhow::Result<u64> {
+        let mut dropped = 0;
+        for netns in self.all() {
+            let links: Value = serde_json::from_str(&netns.exec("ip -s -j link show type veth")?)?;
+            for link in links.as_array().into_iter().flatten() {
+                dropped += ["rx", "tx"]
+                    .iter()
+                    .filter_map(|way| link["stats64"][way]["dropped"].as_u64())
+                    .sum::<u64>();
+            }
+        }
+        Ok(dropped)
     }
 
     /// Leaves everything behind on drop.

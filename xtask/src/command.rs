@@ -23,6 +23,16 @@ pub(crate) fn prepare(arguments: &[&str]) -> Command {
     eprintln!("$ cargo {}", arguments.join(" "));
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace()).args(arguments);
+    // `cargo run` has told xtask its own package. Build scripts that ask, such as ring's, would run again after every
+    // change between `cargo xtask` and plain cargo, and nearly everything would be compiled again.
+    for (name, _) in std::env::vars_os() {
+        let is_ours = ["CARGO_PKG_", "CARGO_MANIFEST_"]
+            .iter()
+            .any(|prefix| name.to_string_lossy().starts_with(prefix));
+        if is_ours {
+            command.env_remove(name);
+        }
+    }
     command
 }
 
@@ -51,6 +61,7 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
 
 /// Measures the data plane, with the XDP program in it.
 pub(crate) fn bench(quick: bool, parts: &[String]) -> anyhow::Result<()> {
+    setup::need_root("the benchmark")?;
     build_release()?;
     cargo(&[
         "build",

@@ -20,6 +20,7 @@ pub(crate) fn soak(minutes: u32, seed: Option<u64>) -> anyhow::Result<()> {
 }
 
 fn run(program: &str, arguments: &[String]) -> anyhow::Result<()> {
+    setup::need_root(program)?;
     setup::run(setup::Purpose::Test, true)?;
     build_debug()?;
     cargo(&["build", "--package", "ipsec-tests", "--bin", program])?;

@@ -58,6 +58,8 @@ const GROUPS: &[Group] = &[
             "fast_path",
             "--test",
             "rekey",
+            "--test",
+            "stalls",
         ],
     },
     Group {

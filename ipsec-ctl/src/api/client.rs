@@ -164,13 +164,15 @@ impl Client {
                 .to_bytes();
             Ok((status, body))
         };
-        // The connection makes progress only while somebody polls it; it ends when the exchange does.
+        let mut exchange = std::pin::pin!(exchange);
+        // The connection makes progress only while somebody polls it. A server may close it as soon as it has answered.
         let (status, body) = tokio::select! {
-            result = exchange => result?,
-            ended = connection => return Err(broken(&ended.err().map_or_else(
-                || "the connection was closed".to_owned(),
-                |error| error.to_string(),
-            ))),
+            biased;
+            result = &mut exchange => result?,
+            ended = connection => {
+                ended.map_err(|error| broken(&error))?;
+                exchange.await?
+            }
         };
         match status {
             StatusCode::OK => serde_json::from_slice(&body).map_err(|error| broken(&error)),
@@ -255,6 +257,32 @@ mod tests {
             matches!(error, ClientError::Status(StatusCode::SERVICE_UNAVAILABLE)),
             "{error}"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clients_that_are_stuck_give_their_places_up() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let listener = server::open(&path).unwrap();
+        let (sender, requests) = mpsc::channel(1);
+        tokio::spawn(server::serve(listener, sender));
+        tokio::spawn(answer_all(requests));
+        // Some say nothing, some stop in the middle of a word, some do not read what they asked for.
+        let mut stuck = Vec::new();
+        for words in ["", "GET /coun", "GET /counters HTTP/1.1\r\nHost: x\r\n\r\n"] {
+            for _ in 0..100 {
+                let mut stream = UnixStream::connect(&path).await.unwrap();
+                stream.write_all(words.as_bytes()).await.unwrap();
+                stuck.push(stream);
+            }
+        }
+        assert_eq!(Client::new(&path).counters().await.unwrap(), []);
+        // Those that are cut off are told so, and none of them holds its place for good.
+        let mut first = stuck.swap_remove(0);
+        let mut words = String::new();
+        let _ = first.read_to_string(&mut words).await;
+        assert!(words.is_empty() || words.contains("408"), "{words}");
     }
 
     #[tokio::test]

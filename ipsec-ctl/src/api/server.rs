@@ -4,6 +4,8 @@ use std::{
     fs, io,
     os::unix::{fs::PermissionsExt, net::UnixStream as Probe},
     path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use axum::{
@@ -13,15 +15,29 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tokio::{
     net::UnixListener,
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
+    time::{sleep, timeout},
 };
+use tracing::warn;
 
 use super::{
     Request,
     model::{Done, Refused, Rekey},
 };
+
+/// Clients that are served at the same time; further ones wait to be let in.
+const CLIENTS: usize = 128;
+/// Time that a client has to say what it wants.
+const HEADERS: Duration = Duration::from_secs(5);
+/// Time that a client has in all; one that does not read its answer gives its place up then.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why the control socket could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -68,12 +84,8 @@ pub fn open(path: &Path) -> Result<UnixListener, ServerError> {
     Ok(listener)
 }
 
-/// Serves until the listener fails; requests go to the daemon through `requests`.
-///
-/// # Errors
-///
-/// Those of the listener.
-pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) -> io::Result<()> {
+/// Serves for ever; requests go to the daemon through `requests`. However many clients are stuck, the daemon waits for none.
+pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
     let routes = Router::new()
         .route("/status", get(status))
         .route("/counters", get(counters))
@@ -82,7 +94,28 @@ pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) -> i
         .route("/tunnels/{name}/rekey/{what}", post(rekey))
         .route("/reload", post(reload))
         .with_state(requests);
-    axum::serve(listener, routes).await
+    let clients = Arc::new(Semaphore::new(CLIENTS));
+    // The semaphore is never closed.
+    while let Ok(place) = Arc::clone(&clients).acquire_owned().await {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => TokioIo::new(stream),
+            Err(cause) => {
+                warn!(%cause, "a client of the control socket was lost");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let routes = TowerToHyperService::new(routes.clone());
+        tokio::spawn(async move {
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADERS)
+                .serve_connection(stream, routes);
+            // A client that breaks off or takes too long harms itself only.
+            let _ = timeout(PATIENCE, served).await;
+            drop(place);
+        });
+    }
 }
 
 type Requests = State<mpsc::Sender<Request>>;

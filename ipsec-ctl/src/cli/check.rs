@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use super::print;
+use super::{print, table::counted};
 use crate::{
     config::{self, Child, Config, Peer, Tunnel},
     net::preflight,
@@ -24,8 +24,8 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
 
 fn render(config: &Config) -> String {
     let mut text = format!(
-        "configuration is valid, {} tunnel(s)\n",
-        config.tunnels.len()
+        "the configuration is valid: {}\n",
+        counted(config.tunnels.len(), "tunnel")
     );
     for tunnel in &config.tunnels {
         text.push_str(&render_tunnel(tunnel));

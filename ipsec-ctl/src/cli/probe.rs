@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use miette::{Context, IntoDiagnostic};
 
-use super::print;
+use super::{print, run::need_root};
 use crate::dataplane::probe::{self, Finding};
 
 #[derive(Debug, clap::Args)]
@@ -15,12 +15,13 @@ pub(super) struct Options {
 }
 
 pub(super) fn run(options: &Options) -> miette::Result<()> {
+    need_root("trying out what the kernel has")?;
     let findings = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .and_then(|runtime| runtime.block_on(probe::findings()))
         .into_diagnostic()
-        .wrap_err("this machine cannot be looked at; `probe` needs root")?;
+        .wrap_err("this machine cannot be looked at")?;
     let text = if options.json {
         serde_json::to_string_pretty(&findings).into_diagnostic()? + "\n"
     } else {

@@ -53,13 +53,13 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
         })?;
     }
     let config = config::load(path)?;
-    need_root()?;
+    need_root(OWNS)?;
     daemon::run(path, config, &options.log, options.one_process).map_err(diagnosed)
 }
 
 pub(super) fn guard(options: &GuardOptions) -> miette::Result<()> {
     let config = config::load(&options.config.file)?;
-    need_root()?;
+    need_root(OWNS)?;
     refuse_beside_a_daemon(&config.control_socket)?;
     let lines = daemon::guard(&config)
         .into_diagnostic()
@@ -69,7 +69,7 @@ pub(super) fn guard(options: &GuardOptions) -> miette::Result<()> {
 
 pub(super) fn release(options: &GuardOptions) -> miette::Result<()> {
     let config = config::load(&options.config.file)?;
-    need_root()?;
+    need_root(OWNS)?;
     refuse_beside_a_daemon(&config.control_socket)?;
     let lines = daemon::release(&config)
         .into_diagnostic()
@@ -87,15 +87,19 @@ pub(super) fn limit(role: Role) -> miette::Result<()> {
     })
 }
 
-fn need_root() -> miette::Result<()> {
+/// Fails, unless root; `what` says what root is needed for.
+pub(super) fn need_root(what: &str) -> miette::Result<()> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
     Err(miette!(
         help = "become root, for instance with sudo",
-        "TUN devices, raw sockets and routes need root"
+        "{what} needs root"
     ))
 }
+
+/// What a gateway needs root for.
+const OWNS: &str = "making TUN devices, raw sockets and routes";
 
 fn refuse_beside_a_daemon(socket: &Path) -> miette::Result<()> {
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {

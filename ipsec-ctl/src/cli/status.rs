@@ -7,6 +7,7 @@ use miette::IntoDiagnostic;
 use super::{
     print,
     remote::Remote,
+    summary,
     table::{age, bytes, columns},
 };
 use crate::{
@@ -19,6 +20,9 @@ pub(super) struct Options {
     /// Print JSON for programs.
     #[arg(long)]
     json: bool,
+    /// One line for each tunnel.
+    #[arg(long, conflicts_with = "json")]
+    summary: bool,
     /// Only this tunnel.
     #[arg(value_name = "NAME")]
     tunnel: Option<String>,
@@ -45,6 +49,8 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
     }
     let text = if options.json {
         serde_json::to_string_pretty(&status).into_diagnostic()? + "\n"
+    } else if options.summary {
+        summary::render(&status.tunnels)
     } else {
         render(&status)
     };
@@ -254,7 +260,7 @@ fn ike_sa(ike: &IkeSa) -> String {
     )
 }
 
-fn state(state: State) -> &'static str {
+pub(super) fn state(state: State) -> &'static str {
     match state {
         State::Up => "up",
         State::Connecting => "connecting",
@@ -362,6 +368,24 @@ mod tests {
                 "{expected:?} is missing in\n{text}"
             );
         }
+    }
+
+    #[test]
+    fn the_summary_has_a_line_for_each_tunnel() {
+        let mut waiting = office();
+        "branch".clone_into(&mut waiting.name);
+        waiting.state = State::Waiting;
+        waiting.ike = None;
+        waiting.children[0].state = State::Waiting;
+        waiting.children[0].inbound = None;
+        waiting.children[0].outbound = None;
+        waiting.last_failure = Some("no answer".to_owned());
+        assert_eq!(
+            summary::render(&[office(), waiting]),
+            "TUNNEL  STATE    PEER         UP     CHILDREN  IN        OUT       OFFLOADED  FAILED\n\
+             office  up       203.0.113.9  1m01s  1/1       97.6 KiB  97.6 KiB  1/2 SAs\n\
+             branch  waiting  203.0.113.9  -      0/1       0 B       0 B       0/0 SAs    no answer\n"
+        );
     }
 
     #[test]

@@ -25,6 +25,12 @@ pub(super) fn columns(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// So many of something: `1 tunnel`, `2 tunnels`.
+pub(super) fn counted(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
 /// A number of bytes as people read it.
 pub(super) fn bytes(count: u64) -> String {
     const UNITS: [(&str, u64); 4] = [

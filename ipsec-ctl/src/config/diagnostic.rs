@@ -118,8 +118,12 @@ impl ConfigErrors {
         Self {
             summary: format!("the configuration {name} cannot be read: {cause}"),
             help: Some(
-                "name a file that exists and can be read; README.md has one to start from"
-                    .to_owned(),
+                if cause.kind() == io::ErrorKind::PermissionDenied {
+                    "become root, for instance with sudo"
+                } else {
+                    "name a file that exists and can be read; README.md has one to start from"
+                }
+                .to_owned(),
             ),
             problems: Vec::new(),
         }

@@ -91,6 +91,12 @@ impl KeyFileError {
     /// What the operator should do.
     pub fn help(&self) -> String {
         match self {
+            Self::Unreadable { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
+                "keys are for root alone: become root, for instance with sudo".to_owned()
+            }
+            Self::Unreadable { path, cause } if cause.kind() != io::ErrorKind::NotFound => {
+                format!("name a file with the key, and not {}", path.display())
+            }
             Self::Unreadable { path, .. } => {
                 format!(
                     "create it: (umask 077; head -c 32 /dev/urandom | base64 > {})",

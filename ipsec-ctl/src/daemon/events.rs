@@ -292,13 +292,13 @@ impl Gateway {
     }
 
     fn failed(&mut self, failure: &Failure) {
-        let tunnel = failure
+        // Who fails to authenticate has no name; the address tells whose failure the operator should look at.
+        let id = failure
             .peer
-            .map_or_else(|| "-".to_owned(), |peer| self.name_of(peer));
-        if let Some(state) = failure
-            .peer
-            .and_then(|peer| self.tunnels.get_mut(tunnel_of(peer)))
-        {
+            .map(tunnel_of)
+            .or_else(|| self.tunnels.waiting_at(failure.remote.ip()));
+        let tunnel = id.map_or_else(|| "-".to_owned(), |id| self.name_of(PeerId(id.0)));
+        if let Some(state) = id.and_then(|id| self.tunnels.get_mut(id)) {
             state.failure = Some(failure.to_string());
             let address = failure.remote.ip();
             let called = all_ways(&state.places);

@@ -19,6 +19,7 @@ use super::{
     jobs::Pool,
     paths::Paths,
     peers::{Found, Lookups},
+    reload::{Asker, Read, Reader},
     supervise::{PlaneError, Supervisor},
     tunnels::Tunnels,
 };
@@ -82,6 +83,8 @@ pub(super) struct Gateway {
     pub(super) lookups: Lookups,
     pub(super) paths: Paths,
     found: mpsc::UnboundedReceiver<Found>,
+    pub(super) reader: Reader,
+    read: mpsc::UnboundedReceiver<Read>,
     pool: Pool<Job>,
     results: mpsc::UnboundedReceiver<JobResult>,
     pub(super) events: mpsc::Receiver<seam::Event>,
@@ -97,7 +100,8 @@ impl Gateway {
     ) -> Result<Self, StartError> {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
         let (engine, events) = supervisor.attach(true).await?;
-        let (pool, results) = Pool::start(Job::run).map_err(StartError::Runtime)?;
+        let (pool, results) = Pool::start(Job::run, Job::is_slow).map_err(StartError::Runtime)?;
+        let (reader, read) = Reader::new();
         let (lookups, found) = Lookups::new(netlink.clone(), config.mark);
         let paths = Paths::start(netlink, config.mark).map_err(StartError::Runtime)?;
         let endpoint = Endpoint::new(
@@ -120,6 +124,8 @@ impl Gateway {
             lookups,
             paths,
             found,
+            reader,
+            read,
             pool,
             results,
             events,
@@ -183,13 +189,14 @@ impl Gateway {
                 }
                 Some(found) = self.found.recv() => self.found(found).await,
                 step = self.paths.next() => self.path_step(step),
+                Some(read) = self.read.recv() => self.reloaded(read).await,
                 Some(request) = requests.recv() => self.request(request).await,
                 () = sleep_until(due.into()) => {
                     let now = self.now();
                     self.endpoint.handle_timeout(now);
                 }
                 _ = tick.tick() => self.tick().await,
-                _ = hangup.recv() => self.reload_on_signal().await,
+                _ = hangup.recv() => self.reload(Asker::Signal),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }

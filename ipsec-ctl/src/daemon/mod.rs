@@ -39,13 +39,14 @@ fn originals(config: &Config) -> PathBuf {
 ///
 /// [`StartError`], with nothing left running.
 pub fn run(path: &Path, config: Config, filter: &str, one_process: bool) -> Result<(), StartError> {
-    log::start(filter).map_err(StartError::Log)?;
+    let log = log::start(filter).map_err(StartError::Log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(StartError::Runtime)?;
     let result = runtime.block_on(async {
+        tokio::spawn(log.tell_losses());
         let (requests, inbox) = mpsc::channel(64);
         let listener = crate::api::server::open(&config.control_socket)?;
         let supervisor = supervise::Supervisor::new(&config, filter, one_process);

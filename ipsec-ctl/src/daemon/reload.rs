@@ -1,5 +1,14 @@
 //! Reading the configuration again: only what changed is touched, and nothing at all if the file has a mistake.
+//!
+//! The files are read beside the daemon's loop: a disk that does not answer delays nobody but whoever asked.
 
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    task::spawn_blocking,
+    time::timeout,
+};
 use tracing::{info, warn};
 
 use super::{convert, gateway::Gateway};
@@ -13,22 +22,121 @@ use crate::{
     },
 };
 
-impl Gateway {
-    pub(super) async fn reload_on_signal(&mut self) {
-        match self.reload().await {
-            Ok(done) => done.lines.iter().for_each(|line| info!("reload: {line}")),
-            Err(refused) => warn!("reload refused: {}; {}", refused.message, refused.remedy),
+/// Time in which the files of a configuration have to be read; less than a client waits.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where the outcome of a reload goes.
+#[derive(Debug)]
+pub(super) enum Asker {
+    /// A client.
+    Client(oneshot::Sender<Result<Done, Refused>>),
+    /// Whoever sent SIGHUP has only the log.
+    Signal,
+}
+
+impl Asker {
+    fn tell(self, outcome: Result<Done, Refused>) {
+        match (self, outcome) {
+            // A client that has gone does not want the answer.
+            (Self::Client(answer), outcome) => drop(answer.send(outcome)),
+            (Self::Signal, Ok(done)) => {
+                done.lines.iter().for_each(|line| info!("reload: {line}"));
+            }
+            (Self::Signal, Err(refused)) => {
+                warn!("reload refused: {}; {}", refused.message, refused.remedy);
+            }
         }
     }
+}
 
-    pub(super) async fn reload(&mut self) -> Result<Done, Refused> {
-        let fresh = config::load(&self.path).map_err(|errors| Refused {
-            message: format!(
-                "{errors}: {}",
-                errors.messages().collect::<Vec<_>>().join("; ")
-            ),
-            remedy: format!("`ipsec-ctl check {}` shows the lines", self.path.display()),
-        })?;
+/// A configuration that has been read, or why not.
+#[derive(Debug)]
+pub(super) struct Read {
+    asker: Asker,
+    result: Result<Config, Refused>,
+}
+
+/// Reads configurations, one at a time.
+#[derive(Debug)]
+pub(super) struct Reader {
+    permit: Arc<Semaphore>,
+    patience: Duration,
+    read: mpsc::UnboundedSender<Read>,
+}
+
+impl Reader {
+    /// What was read arrives at the receiver.
+    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<Read>) {
+        let (read, results) = mpsc::unbounded_channel();
+        let reader = Self {
+            permit: Arc::new(Semaphore::new(1)),
+            patience: PATIENCE,
+            read,
+        };
+        (reader, results)
+    }
+
+    /// Begins to read a file and the key files that it names.
+    pub(super) fn begin(&self, path: PathBuf, asker: Asker) {
+        let Ok(permit) = Arc::clone(&self.permit).try_acquire_owned() else {
+            return asker.tell(Err(Refused {
+                message: "the files are still being read for an earlier reload".to_owned(),
+                remedy: "wait for it; if it does not end, look at the disk of the configuration and of the key files"
+                    .to_owned(),
+            }));
+        };
+        let (read, patience) = (self.read.clone(), self.patience);
+        tokio::spawn(async move {
+            let file = path.clone();
+            // A read that hangs cannot be interrupted, so the permit stays with it and not with whoever waits.
+            let task = spawn_blocking(move || {
+                let result = config::load(&file);
+                drop(permit);
+                result
+            });
+            let result = match timeout(patience, task).await {
+                Ok(Ok(result)) => result.map_err(|errors| Refused {
+                    message: format!(
+                        "{errors}: {}",
+                        errors.messages().collect::<Vec<_>>().join("; ")
+                    ),
+                    remedy: format!("`ipsec-ctl check {}` shows the lines", path.display()),
+                }),
+                Ok(Err(cause)) => Err(Refused {
+                    message: format!("the configuration could not be read: {cause}"),
+                    remedy: "look into the daemon's log".to_owned(),
+                }),
+                Err(_) => Err(Refused {
+                    message: format!(
+                        "{} or a key file that it names could not be read within {} s; nothing was changed",
+                        path.display(),
+                        patience.as_secs()
+                    ),
+                    remedy: "look at the disk that they are on, then reload again".to_owned(),
+                }),
+            };
+            // A daemon that stops does not want to know.
+            let _ = read.send(Read { asker, result });
+        });
+    }
+}
+
+impl Gateway {
+    /// Begins to read the configuration again.
+    pub(super) fn reload(&self, asker: Asker) {
+        self.reader.begin(self.path.clone(), asker);
+    }
+
+    /// A configuration was read.
+    pub(super) async fn reloaded(&mut self, read: Read) {
+        let outcome = match read.result {
+            Ok(fresh) => Ok(self.take_over(fresh).await),
+            Err(refused) => Err(refused),
+        };
+        read.asker.tell(outcome);
+    }
+
+    async fn take_over(&mut self, fresh: Config) -> Done {
         let mut lines = Vec::new();
         if differs_globally(&self.config, &fresh) {
             lines.push(
@@ -68,7 +176,7 @@ impl Gateway {
         if lines.is_empty() {
             lines.push("nothing has changed".to_owned());
         }
-        Ok(Done { lines })
+        Done { lines }
     }
 
     async fn remove_tunnel(&mut self, id: TunnelId) {
@@ -143,4 +251,76 @@ fn differs_globally(old: &Config, new: &Config) -> bool {
         ..config.clone()
     };
     settings(old) != settings(new)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io::Write, path::Path};
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    /// A configuration whose key file is a FIFO: reading it blocks until somebody writes.
+    fn blocked(folder: &Path) -> (PathBuf, PathBuf) {
+        let (file, key) = (folder.join("gateway.toml"), folder.join("key"));
+        let text = "[[tunnel]]\nname = \"office\"\npeer = \"203.0.113.9\"\npsk_file = \"key\"\n\
+            [[tunnel.child]]\nname = \"net\"\nlocal = [\"10.1.0.0/24\"]\nremote = [\"10.2.0.0/24\"]\n";
+        fs::write(&file, text).unwrap();
+        mkfifo(&key, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        (file, key)
+    }
+
+    fn asker() -> (Asker, oneshot::Receiver<Result<Done, Refused>>) {
+        let (answer, answered) = oneshot::channel();
+        (Asker::Client(answer), answered)
+    }
+
+    /// Opening the FIFO waits for its reader, which this thread must not hold up.
+    async fn write(key: &Path) {
+        let key = key.to_owned();
+        let writing = spawn_blocking(move || {
+            let mut file = fs::File::options().write(true).open(key).unwrap();
+            file.write_all(b"a key").unwrap();
+        });
+        writing.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_key_file_that_cannot_be_read_delays_nobody_but_another_reload() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, key) = blocked(folder.path());
+        let (reader, mut read) = Reader::new();
+        reader.begin(file.clone(), Asker::Signal);
+        let (second, answered) = asker();
+        reader.begin(file, second);
+        let refused = answered.await.unwrap().unwrap_err();
+        assert!(refused.message.contains("still being read"), "{refused:?}");
+        assert!(read.try_recv().is_err(), "the first waits for its key");
+        write(&key).await;
+        let config = read.recv().await.unwrap().result.unwrap();
+        assert_eq!(config.tunnels.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_reload_whose_files_are_not_read_in_time_changes_nothing_and_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, key) = blocked(folder.path());
+        let (mut reader, mut read) = Reader::new();
+        reader.patience = Duration::from_millis(1);
+        reader.begin(file.clone(), Asker::Signal);
+        let refused = read.recv().await.unwrap().result.unwrap_err();
+        assert!(
+            refused.message.contains("nothing was changed"),
+            "{refused:?}"
+        );
+        write(&key).await;
+        // Once the disk answers, a reload is possible again.
+        reader.patience = PATIENCE;
+        fs::remove_file(&key).unwrap();
+        let _ = reader.permit.acquire().await.unwrap();
+        reader.begin(file, Asker::Signal);
+        let refused = read.recv().await.unwrap().result.unwrap_err();
+        assert!(refused.message.contains("cannot be read"), "{refused:?}");
+    }
 }

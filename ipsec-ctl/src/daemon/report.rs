@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use super::{
     convert,
     gateway::Gateway,
+    reload::Asker,
     tunnels::{SaPair, Sends, TunnelState},
 };
 use crate::{
@@ -34,7 +35,7 @@ impl Gateway {
             Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
             Request::Down(name, answer) => drop(answer.send(self.down(&name))),
             Request::Rekey(name, what, answer) => drop(answer.send(self.rekey(&name, what))),
-            Request::Reload(answer) => drop(answer.send(self.reload().await)),
+            Request::Reload(answer) => self.reload(Asker::Client(answer)),
         }
     }
 

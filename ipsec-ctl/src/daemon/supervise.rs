@@ -166,13 +166,14 @@ pub enum DataPlaneError {
 pub fn data_plane(socket: &Path, filter: &str) -> Result<(), DataPlaneError> {
     // What ends the daemon's session, a terminal that closes for instance, does not end this one. A leader is one already.
     let _ = nix::unistd::setsid();
-    super::log::start(filter).map_err(DataPlaneError::Log)?;
+    let log = super::log::start(filter).map_err(DataPlaneError::Log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(DataPlaneError::Runtime)?;
     runtime.block_on(async {
+        tokio::spawn(log.tell_losses());
         let listener = crate::api::server::open(socket)?;
         let served = link::serve(listener).await;
         if let Err(error) = std::fs::remove_file(socket) {

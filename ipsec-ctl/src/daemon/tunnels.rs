@@ -166,6 +166,20 @@ impl Tunnels {
             .map(|(id, _)| id)
     }
 
+    /// The tunnel that a stranger at this address would be the peer of, if there is just one that is not up.
+    pub(super) fn waiting_at(&self, address: IpAddr) -> Option<TunnelId> {
+        let mut called = self.iter().filter(|(_, tunnel)| {
+            !tunnel.carries()
+                && all_ways(&tunnel.places)
+                    .iter()
+                    .any(|way| way.remote == address)
+        });
+        match (called.next(), called.next()) {
+            (Some((id, _)), None) => Some(id),
+            _ => None,
+        }
+    }
+
     /// A name for an SA in the data plane.
     pub(super) fn new_sa(&mut self) -> SaId {
         self.next_sa += 1;

@@ -51,7 +51,12 @@ impl Job {
         }
     }
 
-    /// Computes it: up to some milliseconds.
+    /// Whether it takes so long that others should not have to wait for it.
+    pub fn is_slow(&self) -> bool {
+        self.private.group().is_slow()
+    }
+
+    /// Computes it: from a tenth of a millisecond to a tenth of a second.
     pub fn run(self) -> JobResult {
         JobResult {
             id: self.id,

@@ -123,6 +123,22 @@ pub(super) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
+/// Fails at once where something that needs root would fail only after minutes of building.
+///
+/// # Errors
+///
+/// Not root; the error says how to become it without losing this user's cargo.
+pub(crate) fn need_root(what: &str) -> anyhow::Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    let command: Vec<_> = std::env::args().skip(1).collect();
+    bail!(
+        "{what} makes network namespaces and needs root: sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {}",
+        command.join(" ")
+    )
+}
+
 /// Runs a command, shown before, and fails with what it was for.
 pub(super) fn step(command: &mut std::process::Command, what: &str) -> anyhow::Result<()> {
     eprintln!("$ {}", crate::command::shown(command));

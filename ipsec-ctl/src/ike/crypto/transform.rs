@@ -173,6 +173,16 @@ impl Group {
         }
     }
 
+    /// Whether a key exchange in it takes many times as long as one on a curve.
+    pub fn is_slow(self) -> bool {
+        match self {
+            Self::Modp2048 | Self::Modp3072 | Self::Modp4096 | Self::Modp6144 | Self::Modp8192 => {
+                true
+            }
+            Self::Ecp256 | Self::Ecp384 | Self::Ecp521 | Self::Curve25519 => false,
+        }
+    }
+
     /// The name users write.
     pub fn name(self) -> &'static str {
         match self {
