@@ -160,6 +160,14 @@ impl EspTransform {
         (room - room % self.alignment()).saturating_sub(TRAILER)
     }
 
+    /// Addresses of the expanded keys, for fetching them into the cache ahead of use.
+    pub fn key_addresses(&self) -> [Range<usize>; 2] {
+        match &self.cipher {
+            Cipher::Aead { key, .. } => [addresses(&**key), 0..0],
+            Cipher::Cbc { aes, iv, .. } => [addresses(&**aes), addresses(&**iv)],
+        }
+    }
+
     /// Seals the payload in `frame`, with [`Self::header_bytes`] of room in front of it and as much behind as
     /// [`Self::sealed_bytes`] needs. Returns where the ESP packet is.
     ///
@@ -367,6 +375,11 @@ fn unpad(text: &[u8]) -> Option<(usize, u8)> {
         .zip(1_u8..=u8::MAX)
         .all(|(byte, number)| *byte == number);
     right.then_some((payload, next_header))
+}
+
+fn addresses<T>(value: &T) -> Range<usize> {
+    let start = std::ptr::from_ref(value).addr();
+    start..start + size_of::<T>()
 }
 
 fn aead_cipher(algorithm: &'static aead::Algorithm, keys: &EspKeys) -> Result<Cipher, BadKeys> {

@@ -407,6 +407,18 @@ impl Handler for Metered {
         }
     }
 
+    fn announce(&mut self, frame: &[u8], packet: &Range<usize>) {
+        if !self.plain {
+            self.gateway.announce(frame, packet);
+        }
+    }
+
+    fn prepare(&mut self, frame: &[u8], packet: &Range<usize>) {
+        if !self.plain {
+            self.gateway.prepare(frame, packet);
+        }
+    }
+
     fn handle(&mut self, socket: usize, frame: &mut [u8], packet: Range<usize>) -> Verdict {
         // Nobody else writes it, so it need not be an atomic addition, which would cost what is to be measured.
         let handled = self.meter.handled.load(Ordering::Relaxed) + 1;

@@ -41,7 +41,7 @@ pub(super) fn stay_on_first(count: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The time that a thread has spent on processors.
+/// The time that a thread or process has spent on processors.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CpuClock(ClockId);
 
@@ -50,6 +50,11 @@ impl CpuClock {
     pub(super) fn of_thread(id: i32) -> Self {
         // As clock_getcpuclockid(3) makes it: the id complemented, 4 for a thread, 2 for time that the scheduler counted.
         Self(ClockId::from_raw(!id << 3 | 4 | 2))
+    }
+
+    /// Of all threads of any process.
+    pub(super) fn of_process(id: i32) -> Self {
+        Self(ClockId::from_raw(!id << 3 | 2))
     }
 
     /// What it shows.

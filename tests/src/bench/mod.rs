@@ -7,11 +7,14 @@
 mod bed;
 mod cores;
 mod generator;
+mod ike;
+mod ike_end;
 mod latency;
 mod packets;
 mod peer;
 mod report;
 mod ring_alone;
+mod rival;
 mod slice;
 mod worker;
 
@@ -20,6 +23,7 @@ use std::{thread, time::Duration};
 use anyhow::{Context, anyhow};
 use nix::sched::{CloneFlags, unshare};
 
+pub use ike::{ANSWER, answer};
 pub use report::Report;
 
 /// How much is measured.
@@ -33,6 +37,8 @@ pub struct Effort {
     pub ring: Duration,
     /// Round trips of a slice.
     pub pings: usize,
+    /// IKE SAs that come up at each responder, in all rounds.
+    pub set_ups: usize,
 }
 
 impl Effort {
@@ -43,6 +49,7 @@ impl Effort {
             rounds: 21,
             ring: Duration::from_millis(10),
             pings: 500,
+            set_ups: 10_000,
         }
     }
 
@@ -53,6 +60,7 @@ impl Effort {
             rounds: 5,
             ring: Duration::from_millis(4),
             pings: 200,
+            set_ups: 1000,
         }
     }
 
@@ -63,6 +71,7 @@ impl Effort {
             rounds: 1,
             ring: Duration::from_millis(1),
             pings: 20,
+            set_ups: 20,
         }
     }
 }
@@ -74,25 +83,31 @@ pub enum Part {
     Worker,
     /// One SA against many.
     Many,
+    /// Throughput beside strongSwan's userspace ESP.
+    Rival,
     /// Round trips.
     Latency,
+    /// IKE set-ups beside strongSwan.
+    Ike,
 }
 
 impl Part {
     /// All of them, by name.
-    pub const ALL: [(&str, Self); 3] = [
+    pub const ALL: [(&str, Self); 5] = [
         ("worker", Self::Worker),
         ("many", Self::Many),
+        ("strongswan", Self::Rival),
         ("latency", Self::Latency),
+        ("ike", Self::Ike),
     ];
 }
 
-/// Measures the data plane.
+/// Measures these parts.
 ///
 /// # Errors
 ///
 /// A bed cannot be built, or packets are lost in it.
-pub fn data_plane(effort: &Effort, parts: &[Part]) -> anyhow::Result<Report> {
+pub fn measure(effort: &Effort, parts: &[Part]) -> anyhow::Result<Report> {
     let effort = *effort;
     let mut report = Report::here()?;
     for part in parts {
@@ -105,9 +120,18 @@ pub fn data_plane(effort: &Effort, parts: &[Part]) -> anyhow::Result<Report> {
                 tell("one SA against many");
                 report.many = apart(move || worker::measure_many(&effort))?;
             }
+            Part::Rival => {
+                tell("throughput beside strongSwan");
+                report.rivals = apart(move || rival::measure(&effort))?;
+            }
             Part::Latency => {
                 tell("round trips");
                 report.latency = Some(beside(move || peer::measure_latency(&effort))?);
+            }
+            Part::Ike => {
+                tell("IKE set-ups beside strongSwan");
+                let (lines, memory) = beside(move || ike::measure(&effort))?;
+                (report.ike, report.memory) = (lines, Some(memory));
             }
         }
     }
@@ -121,6 +145,7 @@ pub fn data_plane(effort: &Effort, parts: &[Part]) -> anyhow::Result<Report> {
 /// They do not.
 pub fn smoke() -> anyhow::Result<()> {
     apart(worker::smoke).context("one worker")?;
+    apart(|| rival::measure(&Effort::smoke())).context("strongSwan beside a worker")?;
     beside(peer::smoke).context("two sites")
 }
 

@@ -26,6 +26,8 @@ use ipsec_ctl::{
 
 /// Seven packets of 64 bytes to four of 590 and one of 1400: the usual mixture, scaled to what fits into a tunnel.
 const IMIX: [usize; 12] = [64, 590, 64, 64, 590, 64, 1400, 64, 590, 64, 590, 64];
+/// Source and destination port of all packets.
+pub(super) const PORTS: (u16, u16) = (0x1234, 0x5678);
 /// The host behind the measured gateway.
 const LOCAL_HOST: [u8; 4] = [10, 1, 0, 9];
 /// Outer addresses of the measured gateway and of its peer.
@@ -91,7 +93,7 @@ pub(super) fn spi(number: u16) -> Spi {
 /// # Errors
 ///
 /// The size is none that an IP packet can have.
-fn udp(source: [u8; 4], destination: [u8; 4], size: usize) -> anyhow::Result<Vec<u8>> {
+pub(super) fn udp(source: [u8; 4], destination: [u8; 4], size: usize) -> anyhow::Result<Vec<u8>> {
     let total = u16::try_from(size)?;
     let length = total
         .checked_sub(20)
@@ -109,7 +111,8 @@ fn udp(source: [u8; 4], destination: [u8; 4], size: usize) -> anyhow::Result<Vec
         .sum();
     let checksum = !u16::try_from((sum & 0xffff) + (sum >> 16))?;
     packet[10..12].copy_from_slice(&checksum.to_be_bytes());
-    packet.extend([0x12, 0x34, 0x56, 0x78]);
+    packet.extend(PORTS.0.to_be_bytes());
+    packet.extend(PORTS.1.to_be_bytes());
     packet.extend(length.to_be_bytes());
     packet.extend([0, 0]);
     packet.resize(size, 0xab);

@@ -16,12 +16,12 @@ use crate::{
 use anyhow::Context;
 
 const IKE: &str = "aes256gcm16-prfsha384-x25519";
-fn bed() -> anyhow::Result<Topology> {
+pub(super) fn bed() -> anyhow::Result<Topology> {
     Topology::build(Options::default())
 }
 
 /// A gateway of ours at site B, encapsulating as strongSwan must, on the processor of the load.
-fn ours<'a>(
+pub(super) fn ours<'a>(
     topology: &'a Topology,
     side: Side,
     suite: &str,
@@ -35,29 +35,30 @@ fn ours<'a>(
         Side::A => tunnel,
         Side::B => tunnel.respond(),
     };
-    // The daemon and its worker stay where the thread is that starts it.
-    std::thread::scope(|scope| {
-        let start = || {
-            stay_on(processor)?;
-            Gateway::start(topology.gateway(side), &[tunnel])
-        };
-        let thread = scope.spawn(start);
-        thread
-            .join()
-            .map_err(|_| anyhow::anyhow!("a thread panicked"))?
+    pinned(processor, || {
+        Gateway::start(topology.gateway(side), &[tunnel])
     })
 }
 
-fn theirs(topology: &Topology, suite: &str) -> anyhow::Result<StrongSwan> {
-    let start = || {
-        stay_on(WORK)?;
+pub(super) fn theirs(topology: &Topology, suite: &str) -> anyhow::Result<StrongSwan> {
+    pinned(WORK, || {
         let swan = StrongSwan::start(&topology.gateway_a)?;
         swan.load(&Connection::between_sites(Side::A, IKE, suite))?;
         Ok(swan)
-    };
+    })
+}
+
+/// Starts a process that stays on one processor, as does whatever the thread starts that starts it.
+pub(super) fn pinned<T: Send>(
+    processor: usize,
+    start: impl FnOnce() -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
     std::thread::scope(|scope| {
-        scope
-            .spawn(start)
+        let thread = scope.spawn(|| {
+            stay_on(processor)?;
+            start()
+        });
+        thread
             .join()
             .map_err(|_| anyhow::anyhow!("a thread panicked"))?
     })

@@ -14,6 +14,11 @@ use super::{
 const OF_THE_LIMIT: f64 = 0.80;
 /// Many SAs cost at most this much more than one.
 const OF_ONE: f64 = 0.95;
+/// As many times strongSwan's IKE set-ups.
+const SET_UPS: f64 = 2.0;
+/// At most this part of strongSwan's memory for an IKE SA.
+const OF_MEMORY: f64 = 0.25;
+
 /// Everything that was measured.
 #[derive(Debug)]
 pub struct Report {
@@ -23,8 +28,14 @@ pub struct Report {
     pub(super) workers: Vec<WorkerLine>,
     /// One SA against many.
     pub(super) many: Vec<Many>,
+    /// One worker beside strongSwan.
+    pub(super) rivals: Vec<RivalLine>,
     /// Round trips.
     pub(super) latency: Option<Latency>,
+    /// IKE set-ups.
+    pub(super) ike: Vec<IkeLine>,
+    /// Memory of IKE SAs.
+    pub(super) memory: Option<Memory>,
 }
 
 /// The machine and the roles of its processors.
@@ -57,6 +68,34 @@ pub(super) struct Many {
     pub(super) sas: u16,
     /// Of each round the slice with one SA and that with many.
     pub(super) rounds: Vec<(Slice, Slice)>,
+}
+
+/// A worker of ours and strongSwan's userspace ESP, in turn.
+#[derive(Debug)]
+pub(super) struct RivalLine {
+    pub(super) direction: &'static str,
+    pub(super) size: String,
+    /// Times as many packets that we aim at.
+    pub(super) goal: f64,
+    /// Of each round ours and theirs.
+    pub(super) rounds: Vec<(Slice, Slice)>,
+}
+
+/// IKE set-ups of one suite.
+#[derive(Debug)]
+pub(super) struct IkeLine {
+    pub(super) suite: &'static str,
+    /// Of each round ours and theirs; a "packet" is a set-up, the clock that of the responder.
+    pub(super) rounds: Vec<(Slice, Slice)>,
+}
+
+/// Bytes that a responder keeps for an IKE SA.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// So many of them were there.
+    pub(super) sas: usize,
+    pub(super) ours: f64,
+    pub(super) theirs: f64,
 }
 
 /// Microseconds of round trips, in slices.
@@ -220,6 +259,104 @@ impl fmt::Display for Many {
     }
 }
 
+/// How many times theirs ours does, the median over the rounds.
+fn times(rounds: &[(Slice, Slice)], nanoseconds: impl Fn(&Slice) -> f64) -> f64 {
+    median(
+        rounds
+            .iter()
+            .map(|(ours, theirs)| nanoseconds(theirs) / nanoseconds(ours)),
+    )
+}
+
+/// What ours and theirs take for one.
+fn typical(rounds: &[(Slice, Slice)], nanoseconds: impl Fn(&Slice) -> f64) -> (f64, f64) {
+    (
+        median(rounds.iter().map(|round| nanoseconds(&round.0))),
+        median(rounds.iter().map(|round| nanoseconds(&round.1))),
+    )
+}
+
+impl IkeLine {
+    fn json(&self) -> Value {
+        let cpu = typical(&self.rounds, Slice::cpu_ns);
+        json!({
+            "suite": self.suite, "ratio": times(&self.rounds, Slice::cpu_ns),
+            "set_ups_per_second": 1e9 / cpu.0, "strongswan_set_ups_per_second": 1e9 / cpu.1,
+            "wall_ratio": times(&self.rounds, Slice::wall_ns),
+        })
+    }
+}
+
+impl fmt::Display for IkeLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ratio = times(&self.rounds, Slice::cpu_ns);
+        let (ours, theirs) = typical(&self.rounds, Slice::cpu_ns);
+        write!(
+            f,
+            "{ratio:4.2}  {:30} {:6.0} a second, strongSwan {:6.0}{}",
+            self.suite,
+            1e9 / ours,
+            1e9 / theirs,
+            if ratio < SET_UPS { "   BELOW" } else { "" },
+        )
+    }
+}
+
+impl Memory {
+    fn json(&self) -> Value {
+        json!({
+            "ike_sas": self.sas, "ratio": self.ours / self.theirs,
+            "bytes": self.ours, "strongswan_bytes": self.theirs,
+        })
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ratio = self.ours / self.theirs;
+        write!(
+            f,
+            "{ratio:4.2} of strongSwan's memory for an IKE SA (to reach: {OF_MEMORY:.2}): {:.1} KiB to {:.1} KiB, with {} of them{}",
+            self.ours / 1024.0,
+            self.theirs / 1024.0,
+            self.sas,
+            if ratio > OF_MEMORY { "   ABOVE" } else { "" },
+        )
+    }
+}
+
+impl RivalLine {
+    fn json(&self) -> Value {
+        let (cpu, wall) = (
+            typical(&self.rounds, Slice::cpu_ns),
+            typical(&self.rounds, Slice::wall_ns),
+        );
+        json!({
+            "direction": self.direction, "size": self.size, "goal": self.goal,
+            "ratio": times(&self.rounds, Slice::cpu_ns), "pps": 1e9 / cpu.0, "strongswan_pps": 1e9 / cpu.1,
+            "wall_ratio": times(&self.rounds, Slice::wall_ns), "wall_pps": 1e9 / wall.0, "strongswan_wall_pps": 1e9 / wall.1,
+        })
+    }
+}
+
+impl fmt::Display for RivalLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ratio = times(&self.rounds, Slice::cpu_ns);
+        let (ours, theirs) = typical(&self.rounds, Slice::cpu_ns);
+        write!(
+            f,
+            "{ratio:4.1} (to reach: {:.0})  {:8} {:>6}  {:6.3} Mpps, strongSwan {:6.3} Mpps   wall: {:4.1}{}",
+            self.goal,
+            self.direction,
+            self.size,
+            1e3 / ours,
+            1e3 / theirs,
+            times(&self.rounds, Slice::wall_ns),
+            if ratio < self.goal { "   BELOW" } else { "" },
+        )
+    }
+}
+
 impl Latency {
     /// What each kind of way takes: the median over the slices of each slice's quantile.
     fn quantiles(&self, share: f64) -> [f64; 3] {
@@ -266,7 +403,10 @@ impl Report {
             machine: Machine::here()?,
             workers: vec![],
             many: vec![],
+            rivals: vec![],
             latency: None,
+            ike: vec![],
+            memory: None,
         })
     }
 
@@ -276,7 +416,10 @@ impl Report {
             "machine": self.machine.json(),
             "worker": self.workers.iter().map(WorkerLine::json).collect::<Vec<_>>(),
             "many": self.many.iter().map(Many::json).collect::<Vec<_>>(),
+            "strongswan": self.rivals.iter().map(RivalLine::json).collect::<Vec<_>>(),
             "latency": self.latency.as_ref().map(Latency::json),
+            "ike": self.ike.iter().map(IkeLine::json).collect::<Vec<_>>(),
+            "ike_memory": self.memory.as_ref().map(Memory::json),
         })
     }
 }
@@ -303,11 +446,32 @@ impl fmt::Display for Report {
         for line in &self.many {
             writeln!(text, "  {line}")?;
         }
+        if !self.rivals.is_empty() {
+            writeln!(
+                text,
+                "\nOne worker beside strongSwan's userspace ESP on one processor, aes256gcm16: how many times its packets"
+            )?;
+        }
+        for line in &self.rivals {
+            writeln!(text, "  {line}")?;
+        }
         if let Some(latency) = &self.latency {
             writeln!(
                 text,
                 "\nA round trip of one UDP packet between hosts behind two gateways\n{latency}"
             )?;
+        }
+        if !self.ike.is_empty() {
+            writeln!(
+                text,
+                "\nIKE set-ups answered by one processor, PSK, no child: how many times strongSwan's; to reach: {SET_UPS:.0}"
+            )?;
+        }
+        for line in &self.ike {
+            writeln!(text, "  {line}")?;
+        }
+        if let Some(memory) = &self.memory {
+            writeln!(text, "  {memory}")?;
         }
         f.write_str(&text)
     }

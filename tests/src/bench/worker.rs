@@ -134,7 +134,7 @@ pub(super) fn measure_many(effort: &Effort) -> anyhow::Result<Vec<Many>> {
     Ok(result)
 }
 
-fn outbound_load(bed: &Bed, number: u16, size: Size) -> anyhow::Result<Generator> {
+pub(super) fn outbound_load(bed: &Bed, number: u16, size: Size) -> anyhow::Result<Generator> {
     let packets: Vec<_> = size
         .pattern()
         .iter()
@@ -144,7 +144,7 @@ fn outbound_load(bed: &Bed, number: u16, size: Size) -> anyhow::Result<Generator
 }
 
 /// Packets of these tunnels in turn, each with a sequence number of its own.
-fn inbound_load(
+pub(super) fn inbound_load(
     bed: &Bed,
     numbers: std::ops::Range<u16>,
     suite: EspSuite,

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use ipsec_tests::bench::{Effort, Part, data_plane};
+use ipsec_tests::bench::{ANSWER, Effort, Part, answer, measure};
 
 fn main() -> ExitCode {
     match run() {
@@ -24,6 +24,11 @@ fn run() -> anyhow::Result<()> {
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--quick" => effort = Effort::quick(),
+            // Started by the measurement of IKE set-ups.
+            ANSWER => {
+                let mut next = || arguments.next().context("--answer ADDRESS SUITE");
+                return answer(&next()?, &next()?);
+            }
             "--json" => json = arguments.next().context("--json FILE")?.into(),
             other => {
                 let part = Part::ALL.iter().find(|(name, _)| *name == other);
@@ -41,7 +46,7 @@ fn run() -> anyhow::Result<()> {
         nix::unistd::geteuid().is_root(),
         "benchmarks need root for network namespaces and XDP"
     );
-    let report = data_plane(&effort, &parts)?;
+    let report = measure(&effort, &parts)?;
     println!("{report}");
     std::fs::write(&json, format!("{:#}\n", report.json()))
         .with_context(|| json.display().to_string())?;

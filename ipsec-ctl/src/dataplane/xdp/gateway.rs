@@ -12,7 +12,7 @@ use std::{
 
 use ipsec_common::{
     Reason,
-    maps::{NOTE_BYTES, Note, Work},
+    maps::{NOTE_BYTES, Note, SA_SLOTS, TUNNEL_SLOTS, Work},
 };
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
     link_layer::{complete_checksum, write_header},
     next_hop::{Key, NextHops},
     outbound::{Outbound, OutboundPipeline, Sealed},
+    prefetch::Hints,
     sa::Origin,
     table::{Tables, Tunnel},
 };
@@ -73,6 +74,10 @@ pub struct Gateway<S> {
     now: u64,
     /// The tunnel of the last outbound packet of this batch.
     tunnel: Option<Arc<Tunnel>>,
+    /// Of tunnels, by the index of the device.
+    outbound: Hints,
+    /// Of inbound SAs, by the slot of the words.
+    inbound: Hints,
 }
 
 impl<S: SlowExit> Gateway<S> {
@@ -94,6 +99,8 @@ impl<S: SlowExit> Gateway<S> {
             clock,
             now: 0,
             tunnel: None,
+            outbound: Hints::new(TUNNEL_SLOTS),
+            inbound: Hints::new(SA_SLOTS),
         }
     }
 
@@ -109,7 +116,7 @@ impl<S: SlowExit> Gateway<S> {
             Work::Outbound => self.seal(port, frame, network..packet.end, note.target),
             Work::Inbound => {
                 let esp = packet.start + usize::from(note.esp);
-                self.open(frame, network..packet.end, esp)
+                self.open(frame, network..packet.end, esp, note.target)
             }
         }
     }
@@ -135,7 +142,14 @@ impl<S: SlowExit> Gateway<S> {
                 .outbound
                 .process(&tunnel, frame, inner.clone(), Origin::Fast, self.now);
         match verdict {
-            Outbound::Send(sealed) => self.send_sealed(frame, &sealed),
+            Outbound::Send(sealed) => {
+                let key = outer_key(&sealed);
+                self.outbound.renew(device, self.now, |places| {
+                    self.shared.tables.note_outbound_places(device, places);
+                    self.next_hops.note_places(&key, places);
+                });
+                self.send_sealed(&key, frame, &sealed)
+            }
             Outbound::Drop(reason) => Err(reason),
             Outbound::Waits => Ok(Verdict::Done),
             // The XDP program passes such packets to the kernel: only while the MTU changes do they come here.
@@ -147,19 +161,18 @@ impl<S: SlowExit> Gateway<S> {
         }
     }
 
-    fn send_sealed(&mut self, frame: &mut [u8], sealed: &Sealed) -> Result<Verdict, Reason> {
+    fn send_sealed(
+        &mut self,
+        key: &Key,
+        frame: &mut [u8],
+        sealed: &Sealed,
+    ) -> Result<Verdict, Reason> {
         if sealed.in_fragments {
             self.counters.count(Reason::SlowTooLong);
             self.exit.send(frame, sealed);
             return Ok(Verdict::Done);
         }
-        let key = Key {
-            device: None,
-            source: sealed.outer.local,
-            destination: sealed.outer.remote,
-            tos: sealed.tos & DSCP,
-        };
-        match self.leave(&key, frame, &sealed.packet) {
+        match self.leave(key, frame, &sealed.packet) {
             Ok(verdict) => Ok(verdict),
             Err(Reason::RecursiveRoute) => Err(Reason::RecursiveRoute),
             Err(reason) => {
@@ -175,11 +188,13 @@ impl<S: SlowExit> Gateway<S> {
         frame: &mut [u8],
         packet: Range<usize>,
         esp: usize,
+        slot: u32,
     ) -> Result<Verdict, Reason> {
-        let (arrival, end) = frame
+        let (mut arrival, end) = frame
             .get(packet.clone())
             .and_then(|bytes| outer_header(bytes, esp.checked_sub(packet.start)?))
             .ok_or(Reason::Malformed)?;
+        arrival.slot = Some(slot);
         let esp = esp..packet.start + end;
         let verdict = self
             .shared
@@ -190,7 +205,14 @@ impl<S: SlowExit> Gateway<S> {
                 packet,
                 inner,
                 tunnel,
-            } => self.deliver(frame, packet, &inner, &tunnel),
+            } => {
+                let key = inner_key(&inner, &tunnel);
+                self.inbound.renew(slot, self.now, |places| {
+                    self.shared.tables.note_inbound_places(slot, places);
+                    self.next_hops.note_places(&key, places);
+                });
+                self.deliver(&key, frame, packet, &inner, &tunnel)
+            }
             Inbound::Dummy | Inbound::Elsewhere => Ok(Verdict::Done),
             Inbound::Drop(reason) => Err(reason),
         }
@@ -198,12 +220,13 @@ impl<S: SlowExit> Gateway<S> {
 
     fn deliver(
         &mut self,
+        key: &Key,
         frame: &mut [u8],
         packet: Range<usize>,
         inner: &Inner,
         tunnel: &Tunnel,
     ) -> Result<Verdict, Reason> {
-        match self.forward(frame, &packet, inner, tunnel) {
+        match self.forward(key, frame, &packet, inner) {
             Ok(verdict) => Ok(verdict),
             Err(reason) => {
                 self.counters.count(reason);
@@ -217,22 +240,16 @@ impl<S: SlowExit> Gateway<S> {
     /// Sends an inner packet to its next hop. An error is why the kernel has to do it, with the packet untouched.
     fn forward(
         &mut self,
+        key: &Key,
         frame: &mut [u8],
         packet: &Range<usize>,
         inner: &Inner,
-        tunnel: &Tunnel,
     ) -> Result<Verdict, Reason> {
         let bytes = frame.get(packet.clone()).ok_or(Reason::BadInner)?;
         if let Some(reason) = kernel_routes(bytes, inner) {
             return Err(reason);
         }
-        let key = Key {
-            device: Some(tunnel.ifindex),
-            source: inner.flow.source,
-            destination: inner.flow.destination,
-            tos: inner.tos & DSCP,
-        };
-        let verdict = self.leave(&key, frame, packet)?;
+        let verdict = self.leave(key, frame, packet)?;
         // A TTL of 1 was refused above.
         if let Some(bytes) = frame.get_mut(packet.clone()) {
             decrement_ttl(bytes, inner);
@@ -279,6 +296,22 @@ impl<S: SlowExit> Handler for Gateway<S> {
         self.tunnel = None;
     }
 
+    fn announce(&mut self, frame: &[u8], packet: &Range<usize>) {
+        match read_note(frame, packet.start) {
+            Some((Work::Outbound, note)) => self.outbound.announce(note.target),
+            Some((Work::Inbound, note)) => self.inbound.announce(note.target),
+            None => {}
+        }
+    }
+
+    fn prepare(&mut self, frame: &[u8], packet: &Range<usize>) {
+        match read_note(frame, packet.start) {
+            Some((Work::Outbound, note)) => self.outbound.fetch(note.target),
+            Some((Work::Inbound, note)) => self.inbound.fetch(note.target),
+            None => {}
+        }
+    }
+
     fn handle(&mut self, socket: usize, frame: &mut [u8], packet: Range<usize>) -> Verdict {
         match self.work(socket, frame, packet) {
             Ok(verdict) => verdict,
@@ -291,6 +324,26 @@ impl<S: SlowExit> Handler for Gateway<S> {
 
     fn send_failed(&mut self) {
         self.counters.count(Reason::SendFailed);
+    }
+}
+
+/// What the next hop of a sealed packet is looked up by.
+fn outer_key(sealed: &Sealed) -> Key {
+    Key {
+        device: None,
+        source: sealed.outer.local,
+        destination: sealed.outer.remote,
+        tos: sealed.tos & DSCP,
+    }
+}
+
+/// What the next hop of an inner packet that came out of a tunnel is looked up by.
+fn inner_key(inner: &Inner, tunnel: &Tunnel) -> Key {
+    Key {
+        device: Some(tunnel.ifindex),
+        source: inner.flow.source,
+        destination: inner.flow.destination,
+        tos: inner.tos & DSCP,
     }
 }
 
@@ -355,6 +408,7 @@ fn outer_header(packet: &[u8], esp: usize) -> Option<(Arrival, usize)> {
         source: SocketAddr::new(source, port),
         destination,
         tos,
+        slot: None,
     };
     (esp <= end && end <= packet.len()).then_some((arrival, end))
 }

@@ -33,6 +33,8 @@ pub struct Arrival {
     pub destination: IpAddr,
     /// The outer TOS byte or traffic class.
     pub tos: u8,
+    /// Slot of the SA's words, where the XDP program has found it.
+    pub slot: Option<u32>,
 }
 
 /// What becomes of an ESP packet.
@@ -86,7 +88,11 @@ impl InboundPipeline {
         let Some((spi, sequence)) = frame.get(esp.clone()).and_then(header) else {
             return Inbound::Drop(Reason::Malformed);
         };
-        let Some(sa) = self.tables.inbound(spi, arrival.destination) else {
+        let found = match arrival.slot {
+            Some(slot) => self.tables.inbound_at(slot, spi, arrival.destination),
+            None => self.tables.inbound(spi, arrival.destination),
+        };
+        let Some(sa) = found else {
             if self.tables.passes(spi, arrival.destination) {
                 return Inbound::Elsewhere;
             }

@@ -20,6 +20,7 @@ pub mod offload;
 pub mod outbound;
 pub mod outer;
 pub mod path_mtu;
+pub mod prefetch;
 pub mod program;
 pub mod resolver;
 pub mod sa;

@@ -15,8 +15,13 @@ use std::{
 use ipsec_common::Reason;
 use tokio::sync::mpsc;
 
+use super::prefetch::Places;
+
 /// Destinations that a worker remembers; when there are more, it forgets all and learns again.
 const MOST_ENTRIES: usize = 64 * 1024;
+/// Lookups that are repeated without searching.
+const RECENT: usize = 1 << RECENT_BITS;
+const RECENT_BITS: u32 = 14;
 /// Seconds after which an answer in use is asked for again. That keeps the neighbour confirmed, which traffic that
 /// bypasses the kernel does not.
 const REFRESH_SECONDS: u64 = 5;
@@ -34,6 +39,24 @@ pub struct Key {
     pub destination: IpAddr,
     /// TOS byte or traffic class without the ECN bits, which policy rules may look at.
     pub tos: u8,
+}
+
+impl Key {
+    /// Which of the recent lookups may be of this key. Whoever makes two keys meet there only has them searched for.
+    fn place(&self) -> usize {
+        let number = |address: IpAddr| match address {
+            IpAddr::V4(address) => u64::from(address.to_bits()),
+            IpAddr::V6(address) => address
+                .segments()
+                .into_iter()
+                .fold(0, |sum: u64, part| sum.rotate_left(13) ^ u64::from(part)),
+        };
+        // Fibonacci hashing: 2^64 over the golden ratio.
+        let spread = |number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let ends = spread(number(self.source)) ^ number(self.destination).rotate_left(24);
+        let rest = u64::from(self.device.unwrap_or_default()) << 8 | u64::from(self.tos);
+        (spread(ends ^ rest) >> (u64::BITS - RECENT_BITS)) as usize
+    }
 }
 
 /// An Ethernet next hop.
@@ -95,13 +118,23 @@ impl Generation {
 #[derive(Debug)]
 pub struct NextHops {
     entries: HashMap<Key, Entry>,
-    /// The last lookup, because bulk traffic repeats it.
-    last: Option<(Key, NextHop, u64)>,
+    /// The last lookups, one for each [`Key::place`], because bulk traffic repeats them.
+    recent: Box<[Option<Recent>]>,
     generation: u64,
     current: Generation,
     questions: mpsc::Sender<Question>,
     reply: mpsc::Sender<Reply>,
     replies: mpsc::Receiver<Reply>,
+}
+
+/// A lookup that was answered.
+#[derive(Clone, Copy, Debug)]
+struct Recent {
+    key: Key,
+    hop: NextHop,
+    generation: u64,
+    /// Second from which on it has to be asked for again.
+    until: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -117,7 +150,7 @@ impl NextHops {
         let (reply, replies) = mpsc::channel(1024);
         Self {
             entries: HashMap::new(),
-            last: None,
+            recent: vec![None; RECENT].into(),
             generation: current.current(),
             current,
             questions,
@@ -132,31 +165,42 @@ impl NextHops {
         if current != self.generation {
             self.generation = current;
             self.entries.clear();
-            self.last = None;
         }
         while let Ok(reply) = self.replies.try_recv() {
             if reply.generation == self.generation
                 && let Some(entry) = self.entries.get_mut(&reply.key)
             {
                 entry.answer = Some(reply.answer);
-                self.last = None;
+                self.recent[reply.key.place()] = None;
             }
         }
     }
 
     /// The next hop, or why there is none; asks the resolver where need be. `now` is in seconds.
     pub fn lookup(&mut self, key: &Key, now: u64) -> Answer {
-        if let Some((last, hop, until)) = &self.last
-            && last == key
-            && now < *until
+        let place = key.place();
+        if let Some(recent) = &self.recent[place]
+            && recent.key == *key
+            && recent.generation == self.generation
+            && now < recent.until
         {
-            return Ok(*hop);
+            return Ok(recent.hop);
         }
         let (answer, asked) = self.find(key, now);
         if let Ok(hop) = answer {
-            self.last = Some((*key, hop, asked + REFRESH_SECONDS));
+            self.recent[place] = Some(Recent {
+                key: *key,
+                hop,
+                generation: self.generation,
+                until: asked + REFRESH_SECONDS,
+            });
         }
         answer
+    }
+
+    /// Where the memory is that the lookup of that key needs.
+    pub fn note_places(&self, key: &Key, places: &mut Places) {
+        places.add(&self.recent[key.place()]);
     }
 
     fn find(&mut self, key: &Key, now: u64) -> (Answer, u64) {

@@ -11,7 +11,8 @@ use std::{
 use ipsec_common::{Reason, Spi};
 
 use super::{
-    events::Events, outer::OuterTemplate, selectors::Selectors, table::Tunnel, words::WordsRef,
+    events::Events, outer::OuterTemplate, prefetch::Places, selectors::Selectors, table::Tunnel,
+    words::WordsRef,
 };
 use crate::{
     dataplane::seam::{
@@ -86,6 +87,16 @@ impl SaCore {
             soft_reported: AtomicBool::new(false),
             hard_reported: AtomicBool::new(false),
         })
+    }
+
+    /// Where the memory is that every packet of the SA needs.
+    pub fn note_places(self: &Arc<Self>, places: &mut Places) {
+        places.add_shared(self);
+        for keys in self.transform.key_addresses() {
+            places.add_addresses(keys);
+        }
+        self.words.note_places(places);
+        self.selectors.note_places(places);
     }
 
     /// Takes the next sequence number, each one once, whoever asks.
@@ -229,6 +240,14 @@ pub struct InboundSa {
 }
 
 impl InboundSa {
+    /// Where the memory is that every packet of the SA needs.
+    pub fn note_places(self: &Arc<Self>, places: &mut Places) {
+        places.add_shared(self);
+        self.core.note_places(places);
+        places.add_shared(&self.tunnel);
+        places.add_shared(&self.tunnel.settings.load());
+    }
+
     /// An inbound SA of `tunnel`.
     pub fn new(core: Arc<SaCore>, tunnel: Arc<Tunnel>, outer: Outer) -> Self {
         Self {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipsec_common::TrafficSelector;
 
+use super::prefetch::Places;
 use crate::dataplane::seam::SelectorPair;
 
 /// ICMP and ICMPv6 as IP protocols.
@@ -149,6 +150,12 @@ impl Selectors {
             local.fold(0, u128::saturating_add),
             ports(&self.local),
         )
+    }
+
+    /// Where their memory is.
+    pub fn note_places(&self, places: &mut Places) {
+        places.add(&*self.local);
+        places.add(&*self.remote);
     }
 
     /// Whether an IPv6 packet can match.

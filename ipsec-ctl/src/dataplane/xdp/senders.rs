@@ -14,6 +14,7 @@ use std::{
 };
 
 use super::{
+    prefetch::Places,
     sa::OutboundSa,
     selectors::{Cover, Flow, Match, Selectors},
 };
@@ -96,6 +97,16 @@ impl Senders {
             }
         }
         Err(best)
+    }
+
+    /// Where the memory is that a packet needs which the newest one takes.
+    pub fn note_places(&self, places: &mut Places) {
+        places.add(&*self.all);
+        places.add(&*self.outers);
+        if let Some(sa) = self.all.last() {
+            places.add_shared(sa);
+            sa.core.note_places(places);
+        }
     }
 
     /// Whether one of them sends between these addresses.

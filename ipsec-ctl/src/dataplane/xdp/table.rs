@@ -18,6 +18,7 @@ use ipsec_common::Spi;
 
 use super::{
     outer::OuterTemplate,
+    prefetch::Places,
     sa::{InboundSa, OutboundSa, SaCore},
     selectors::{Flow, Selectors},
     senders::Senders,
@@ -70,6 +71,20 @@ impl Tunnel {
         self.whole.store(bytes, Ordering::Relaxed);
     }
 
+    /// Where the memory is that every packet needs that is routed into it.
+    fn note_places(self: &Arc<Self>, places: &mut Places) {
+        let settings = self.settings.load();
+        places.add_shared(self);
+        places.add_shared(&settings);
+        for child in &settings.children {
+            places.add(child);
+            places.add_shared(&child.outbound);
+            let senders = child.outbound.load();
+            places.add_shared(&senders);
+            senders.note_places(places);
+        }
+    }
+
     /// Whether only a tunnel of ours leads to its peer: then nothing is sent.
     pub fn is_recursive(&self) -> bool {
         self.recursive.load(Ordering::Relaxed)
@@ -112,7 +127,7 @@ pub struct Child {
 }
 
 type Shard = ArcSwap<Inbound>;
-type Inbound = HashMap<InboundKey, Arc<InboundSa>, BuildHasherDefault<SpiHasher>>;
+type Inbound = HashMap<InboundKey, Arc<InboundSa>, BuildHasherDefault<NumberHasher>>;
 
 /// What ESP says about its SA. Hashed by the SPI alone: we choose it, at random, and nobody else adds entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,11 +142,11 @@ impl Hash for InboundKey {
     }
 }
 
-/// Spreads the bits of one SPI.
+/// Spreads the bits of one number that nobody outside chooses: an SPI of ours, the index of an interface.
 #[derive(Default)]
-struct SpiHasher(u64);
+struct NumberHasher(u64);
 
-impl Hasher for SpiHasher {
+impl Hasher for NumberHasher {
     fn finish(&self) -> u64 {
         self.0
     }
@@ -151,13 +166,15 @@ impl Hasher for SpiHasher {
 #[derive(Debug, Default)]
 struct Tunnels {
     by_id: HashMap<TunnelId, Arc<Tunnel>>,
-    by_device: HashMap<u32, Arc<Tunnel>>,
+    by_device: HashMap<u32, Arc<Tunnel>, BuildHasherDefault<NumberHasher>>,
 }
 
 /// The tables of one engine.
 pub struct Tables {
     tunnels: ArcSwap<Tunnels>,
     inbound: Box<[Shard]>,
+    /// The same SAs, by the slots of their words.
+    by_slot: Box<[ArcSwapOption<InboundSa>]>,
     words: Arc<WordsArray>,
     registry: Mutex<Registry>,
     /// Inbound SAs of another engine.
@@ -218,6 +235,9 @@ impl Tables {
         Self {
             tunnels: ArcSwap::default(),
             inbound: (0..SHARDS).map(|_| Shard::default()).collect(),
+            by_slot: (0..words.slots())
+                .map(|_| ArcSwapOption::default())
+                .collect(),
             words,
             registry: Mutex::default(),
             passed: ArcSwap::default(),
@@ -268,6 +288,35 @@ impl Tables {
             .load()
             .get(&InboundKey { spi, destination })
             .cloned()
+    }
+
+    /// As [`Self::inbound`], where `slot` is probably that of the SA's words: without a search, if it is.
+    pub fn inbound_at(&self, slot: u32, spi: Spi, destination: IpAddr) -> Option<Arc<InboundSa>> {
+        let place = self.by_slot.get(slot as usize).map(ArcSwapOption::load);
+        match place.as_deref() {
+            Some(Some(sa)) if sa.core.spi == spi && sa.outer.local == destination => {
+                Some(Arc::clone(sa))
+            }
+            _ => self.inbound(spi, destination),
+        }
+    }
+
+    /// Where the memory is that every packet needs that is routed into the tunnel over that device.
+    pub fn note_outbound_places(&self, ifindex: u32, places: &mut Places) {
+        if let Some(tunnel) = self.tunnels.load().by_device.get(&ifindex) {
+            places.add(tunnel);
+            tunnel.note_places(places);
+        }
+    }
+
+    /// Where the memory is that every packet needs of the inbound SA whose words have that slot.
+    pub fn note_inbound_places(&self, slot: u32, places: &mut Places) {
+        if let Some(place) = self.by_slot.get(slot as usize) {
+            places.add(place);
+            if let Some(sa) = &*place.load() {
+                sa.note_places(places);
+            }
+        }
     }
 
     /// The SA of that id, if it is an outbound one.
@@ -398,6 +447,7 @@ impl Tables {
         match spec.direction {
             Direction::Inbound => {
                 let sa = Arc::new(InboundSa::new(core, tunnel, spec.outer));
+                self.set_slot(&sa.core, Some(&sa));
                 self.change_shard(spec.spi, |shard| {
                     shard.insert(key, Arc::clone(&sa));
                 });
@@ -460,6 +510,7 @@ impl Tables {
                     Arc::clone(&old.tunnel),
                     outer,
                 ));
+                self.set_slot(&moved.core, Some(&moved));
                 self.change_shard(spi, |shard| {
                     shard.remove(&InboundKey {
                         spi,
@@ -482,6 +533,7 @@ impl Tables {
                     spi: sa.core.spi,
                     destination: sa.outer.local,
                 };
+                self.set_slot(&sa.core, None);
                 self.change_shard(key.spi, |shard| {
                     shard.remove(&key);
                 });
@@ -529,6 +581,12 @@ impl Tables {
         let mut sas = Inbound::clone(&shard.load());
         change(&mut sas);
         shard.store(Arc::new(sas));
+    }
+
+    fn set_slot(&self, core: &SaCore, sa: Option<&Arc<InboundSa>>) {
+        if let Some(place) = self.by_slot.get(core.words.slot() as usize) {
+            place.store(sa.cloned());
+        }
     }
 
     fn shard(&self, spi: Spi) -> &Shard {

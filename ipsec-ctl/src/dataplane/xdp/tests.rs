@@ -196,6 +196,7 @@ impl Gateway {
             source: (outer.local, outer.encap.map_or(0, |encap| encap.local_port)).into(),
             destination: outer.remote,
             tos,
+            slot: None,
         };
         let esp = packet.start + headers + udp..packet.end;
         self.inbound.process(frame, esp, &arrival, Origin::Slow, 1)

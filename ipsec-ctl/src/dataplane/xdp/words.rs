@@ -8,6 +8,7 @@
 
 use std::{
     fmt, io,
+    mem::offset_of,
     num::NonZeroUsize,
     ops::Deref,
     os::fd::{AsFd, OwnedFd},
@@ -17,6 +18,8 @@ use std::{
 
 use ipsec_common::SaWords;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::prefetch::Places;
 
 /// An array of [`SaWords`], shared by all SAs of an engine.
 pub struct WordsArray {
@@ -96,6 +99,11 @@ impl WordsArray {
         Some(words)
     }
 
+    /// Elements, free or not.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
     fn words(&self, slot: u32) -> &SaWords {
         assert!(
             slot < self.slots,
@@ -128,6 +136,13 @@ impl WordsRef {
     /// Index of the slot in the array.
     pub fn slot(&self) -> u32 {
         self.0.slot
+    }
+
+    /// Where the memory is that every packet of the SA needs.
+    pub fn note_places(&self, places: &mut Places) {
+        places.add_shared(&self.0);
+        let start = std::ptr::from_ref(&**self).addr();
+        places.add_addresses(start..start + offset_of!(SaWords, replay));
     }
 
     fn clear(&self) {

@@ -3,9 +3,10 @@
 //! Moves frames, never looks into them. Every frame is at any time either free, lent to the kernel, or in the hands of
 //! this loop for the length of one packet: none is lost, whatever the handler or a full ring says.
 
-use std::{io, ops::Range};
+use std::{collections::VecDeque, io, mem, ops::Range};
 
 use super::{
+    super::prefetch::fetch_bytes,
     ring::Descriptor,
     socket::{QueueId, RING_SLOTS, Socket, Statistics},
     umem::{Frame, HEADROOM, Umem},
@@ -13,6 +14,12 @@ use super::{
 
 /// Packets taken from one RX ring before the others have their turn.
 pub const BATCH: u32 = 64;
+/// Packets whose needs are fetched at a time: enough that the fetches overlap, few enough that what is fetched is still
+/// there when it is needed.
+const AHEAD: usize = 8;
+/// Bytes of a packet that are fetched before anybody looks at it: its headers, and what the XDP program has noted.
+const HEADERS: usize = 128;
+const NOTES: usize = 64;
 /// System calls after which a batch that does not want to leave waits for the next turn.
 const MOST_KICKS: u32 = 64;
 /// Frames per socket: a full fill ring, and a full TX ring of packets that came in elsewhere.
@@ -32,6 +39,12 @@ pub trait Handler {
     /// Called before each batch that has packets.
     fn begin(&mut self);
 
+    /// Called for each packet of a batch before any is handled.
+    fn announce(&mut self, frame: &[u8], packet: &Range<usize>);
+
+    /// Called some packets before that packet is handled, to have fetched into the cache what will be needed for it.
+    fn prepare(&mut self, frame: &[u8], packet: &Range<usize>);
+
     /// Handles the packet at `packet` in `frame`, received by the socket of index `socket`.
     fn handle(&mut self, socket: usize, frame: &mut [u8], packet: Range<usize>) -> Verdict;
 
@@ -44,12 +57,18 @@ pub trait Handler {
 pub struct Forwarder {
     umem: Umem,
     sockets: Vec<Socket>,
+    /// Packets of this batch that are still to be handled. Empty between batches.
+    taken: VecDeque<(Frame, Range<usize>)>,
 }
 
 impl Forwarder {
     /// Takes over sockets that were opened on this UMEM and provides them with frames to receive into.
     pub fn new(umem: Umem, sockets: Vec<Socket>) -> Self {
-        let mut forwarder = Self { umem, sockets };
+        let mut forwarder = Self {
+            umem,
+            sockets,
+            taken: VecDeque::with_capacity(BATCH as usize),
+        };
         forwarder.refill();
         forwarder
     }
@@ -103,31 +122,69 @@ impl Forwarder {
     }
 
     fn receive(&mut self, index: usize, handler: &mut impl Handler) -> u32 {
-        let mut packets = 0;
-        while packets < BATCH {
-            let Some(socket) = self.sockets.get_mut(index) else {
-                break;
-            };
-            let Some(descriptor) = socket.rx.pop() else {
-                break;
-            };
-            if packets == 0 {
-                handler.begin();
+        let packets = self.take(index, handler);
+        if packets == 0 {
+            return 0;
+        }
+        handler.begin();
+        let mut taken = mem::take(&mut self.taken);
+        for (frame, packet) in &taken {
+            handler.announce(self.umem.bytes(frame), packet);
+        }
+        // Always one or two groups ahead of the packet that is handled.
+        self.prepare(taken.iter().take(AHEAD), handler);
+        let mut turn = 0;
+        while let Some((frame, packet)) = taken.pop_front() {
+            if turn % AHEAD == 0 {
+                self.prepare(taken.iter().skip(AHEAD - 1).take(AHEAD), handler);
             }
-            packets += 1;
-            self.pass(index, descriptor, handler);
+            turn += 1;
+            self.pass(index, frame, packet, handler);
         }
-        if let Some(socket) = self.sockets.get_mut(index) {
-            socket.rx.release();
-        }
+        self.taken = taken;
         packets
     }
 
-    fn pass(&mut self, index: usize, descriptor: Descriptor, handler: &mut impl Handler) {
-        let Some((frame, packet)) = self.umem.take_packet(descriptor.address, descriptor.length)
-        else {
-            return handler.send_failed();
+    /// Takes the packets of a batch from an RX ring. Returns how many there were, good or not.
+    fn take(&mut self, index: usize, handler: &mut impl Handler) -> u32 {
+        let Some(socket) = self.sockets.get_mut(index) else {
+            return 0;
         };
+        let mut packets = 0;
+        while packets < BATCH
+            && let Some(descriptor) = socket.rx.pop()
+        {
+            packets += 1;
+            let packet = self.umem.take_packet(descriptor.address, descriptor.length);
+            let Some((frame, packet)) = packet else {
+                handler.send_failed();
+                continue;
+            };
+            let start = packet.start.saturating_sub(NOTES);
+            fetch_bytes(self.umem.bytes(&frame), start, NOTES + HEADERS);
+            self.taken.push_back((frame, packet));
+        }
+        socket.rx.release();
+        packets
+    }
+
+    fn prepare<'a>(
+        &mut self,
+        packets: impl Iterator<Item = &'a (Frame, Range<usize>)>,
+        handler: &mut impl Handler,
+    ) {
+        for (frame, packet) in packets {
+            handler.prepare(self.umem.bytes(frame), packet);
+        }
+    }
+
+    fn pass(
+        &mut self,
+        index: usize,
+        frame: Frame,
+        packet: Range<usize>,
+        handler: &mut impl Handler,
+    ) {
         match handler.handle(index, self.umem.bytes(&frame), packet) {
             Verdict::Done => self.umem.free(frame),
             Verdict::Send(socket, packet) => {

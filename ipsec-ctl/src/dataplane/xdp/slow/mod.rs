@@ -300,6 +300,7 @@ impl SlowPath {
             source: remote,
             destination: local.ip(),
             tos: class,
+            slot: None,
         };
         match inlet.kind {
             Kind::Ike => self.deliver_ike(local, remote, bytes),
@@ -394,6 +395,7 @@ fn esp_of_raw_v4(packet: &[u8], source: IpAddr) -> Option<(Range<usize>, Arrival
         source: SocketAddr::new(source, 0),
         destination: Ipv4Addr::from(*header[16..].first_chunk::<4>()?).into(),
         tos: header[1],
+        slot: None,
     };
     Some((header_bytes..packet.len(), arrival))
 }

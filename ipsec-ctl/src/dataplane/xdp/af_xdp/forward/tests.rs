@@ -87,12 +87,38 @@ impl Kernel {
 struct Script {
     verdicts: VecDeque<(usize, usize)>,
     failed: u32,
+    announced: u32,
+    prepared: u32,
+    handled: u32,
+}
+
+impl Script {
+    fn new(verdicts: impl IntoIterator<Item = (usize, usize)>) -> Self {
+        Self {
+            verdicts: verdicts.into_iter().collect(),
+            failed: 0,
+            announced: 0,
+            prepared: 0,
+            handled: 0,
+        }
+    }
 }
 
 impl Handler for Script {
     fn begin(&mut self) {}
 
+    fn announce(&mut self, _: &[u8], _: &Range<usize>) {
+        self.announced += 1;
+    }
+
+    fn prepare(&mut self, _: &[u8], _: &Range<usize>) {
+        self.prepared += 1;
+        assert!(self.prepared <= self.announced);
+    }
+
     fn handle(&mut self, _: usize, _: &mut [u8], packet: Range<usize>) -> Verdict {
+        self.handled += 1;
+        assert!(self.handled <= self.prepared);
         match self.verdicts.pop_front() {
             Some((socket, grow)) if socket < 3 => {
                 Verdict::Send(socket, packet.start - 50..packet.end + grow)
@@ -132,7 +158,7 @@ proptest! {
     ) {
         let (sockets, mut kernels): (Vec<_>, Vec<_>) = (0..2).map(|_| socket(8)).unzip();
         let mut forwarder = Forwarder::new(Umem::new(frames).unwrap(), sockets);
-        let mut script = Script { verdicts: verdicts.into(), failed: 0 };
+        let mut script = Script::new(verdicts);
         for step in steps {
             match step {
                 Step::Receive(socket, length) => kernels[socket].receive(length),
@@ -140,6 +166,7 @@ proptest! {
                 Step::Complete(socket) => kernels[socket].complete(),
                 Step::Batch => { forwarder.batch(&mut script); }
             }
+            prop_assert_eq!(script.handled, script.prepared);
             let umem = &forwarder.umem;
             prop_assert_eq!(umem.free_frames() + umem.lent_frames(), frames as usize);
         }
@@ -161,10 +188,7 @@ proptest! {
 fn a_full_ring_is_reported_and_its_frames_return() {
     let (socket, mut kernel) = socket(8);
     let mut forwarder = Forwarder::new(Umem::new(64).unwrap(), vec![socket]);
-    let mut script = Script {
-        verdicts: std::iter::repeat_n((0, 0), 100).collect(),
-        failed: 0,
-    };
+    let mut script = Script::new(std::iter::repeat_n((0, 0), 100));
     for _ in 0..3 {
         for _ in 0..8 {
             kernel.receive(100);
