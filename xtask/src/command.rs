@@ -59,9 +59,10 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
     cargo(arguments)
 }
 
-/// Measures the data plane, with the XDP program in it.
+/// Measures data plane and IKE, beside strongSwan.
 pub(crate) fn bench(quick: bool, parts: &[String]) -> anyhow::Result<()> {
     setup::need_root("the benchmark")?;
+    setup::run(Purpose::Test, true)?;
     build_release()?;
     cargo(&[
         "build",

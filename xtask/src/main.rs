@@ -72,12 +72,12 @@ enum Task {
     },
     /// Run a command in a guest whose kernel has ESP, as root and without KVM; this machine's files are there, read-only
     Vm(vm::Options),
-    /// Measure one worker beside the limits that it cannot pass, many SAs beside one, and added latency
+    /// Measure one worker beside the limits that it cannot pass and beside strongSwan, many SAs, latency, IKE set-ups
     Bench {
         /// Fewer and shorter slices: a look in a minute or two
         #[arg(long)]
         quick: bool,
-        /// worker, many, latency; all of them if none is named
+        /// worker, many, strongswan, latency, ike; all of them if none is named
         parts: Vec<String>,
     },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers

@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use ipsec_common::Spi;
 
 use super::{
