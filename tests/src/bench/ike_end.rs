@@ -148,7 +148,8 @@ impl IkeEnd {
                     | Event::OutboundDown(_)
                     | Event::ChildDown { .. }
                     | Event::Moved(..)
-                    | Event::Exhausted(_) => {}
+                    | Event::Exhausted(_)
+                    | Event::Unreachable(_) => {}
                 }
             }
             while let Some(transmit) = self.endpoint.poll_transmit() {
@@ -197,6 +198,8 @@ fn peer(id: PeerId, suite: &str, remote: Remote, role: Role) -> anyhow::Result<P
         dpd_interval: Duration::from_secs(10),
         dpd_timeout: Duration::from_secs(60),
         childless: true,
+        mobike: false,
+        return_routability: false,
         unique: Unique::Never,
         lifetime: Duration::from_secs(86_400),
         reauth: false,
