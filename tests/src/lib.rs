@@ -14,6 +14,8 @@ pub mod gateway;
 pub mod hops;
 pub mod impairment;
 pub mod interop;
+pub mod libreswan;
+pub mod names;
 pub mod netdevsim;
 pub mod netns;
 pub mod pair;

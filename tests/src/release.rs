@@ -72,6 +72,29 @@ impl Release {
         Ok(Self { root: Some(root) })
     }
 
+    /// Gives an unpacked peer what it needs besides its files: a place for temporary ones, where its root is read-only
+    /// as in a guest, and /proc.
+    ///
+    /// # Errors
+    ///
+    /// mount's.
+    pub fn make_usable(&self) -> anyhow::Result<()> {
+        let Some(root) = &self.root else {
+            return Ok(());
+        };
+        for folder in ["tmp", "run"] {
+            let folder = root.join(folder);
+            if tempfile::tempfile_in(&folder).is_err() {
+                line(&format!("mount -t tmpfs new {}", folder.display()))?;
+            }
+        }
+        let proc = root.join("proc");
+        if !proc.join("self").exists() {
+            line(&format!("mount -t proc proc {}", proc.display()))?;
+        }
+        Ok(())
+    }
+
     /// A folder for a peer's files, which both it and we can reach.
     ///
     /// # Errors
@@ -123,7 +146,7 @@ impl Release {
             let path = find(program).with_context(|| format!("{program} is not installed"))?;
             return Ok(vec![path.display().to_string()]);
         };
-        let folder = ["usr/sbin", "usr/bin"]
+        let folder = ["usr/sbin", "usr/bin", "usr/libexec/ipsec"]
             .into_iter()
             .find(|folder| root.join(folder).join(program).is_file())
             .with_context(|| format!("{} has no {program}", root.display()))?;

@@ -46,8 +46,8 @@ pub struct StrongSwan {
 pub struct Connection {
     /// Its address; `None` leaves it to the kernel.
     pub local: Option<IpAddr>,
-    /// The peer's address; `None` for any.
-    pub remote: Option<IpAddr>,
+    /// The peer's address or name; `None` for any.
+    pub remote: Option<String>,
     /// Its identity.
     pub local_id: String,
     /// The peer's identity.
@@ -62,6 +62,8 @@ pub struct Connection {
     pub dpd: u32,
     /// It splits messages whose IP datagram would be longer than 576 bytes (RFC 7383).
     pub fragments: bool,
+    /// Addresses may change while the IKE SA is up (MOBIKE, RFC 4555).
+    pub mobike: bool,
     /// Further lines of the connection: `unique = never`.
     pub lines: Vec<String>,
 }
@@ -87,7 +89,7 @@ impl Connection {
         let id = |side: Side| format!("{}.example", side.letter());
         Self {
             local: Some(side.outside(Family::V4)),
-            remote: Some(side.other().outside(Family::V4)),
+            remote: Some(side.other().outside(Family::V4).to_string()),
             local_id: id(side),
             remote_id: id(side.other()),
             psk: "a key for tests only".to_owned(),
@@ -101,14 +103,13 @@ impl Connection {
             }],
             dpd: 0,
             fragments: false,
+            mobike: false,
             lines: Vec::new(),
         }
     }
 
     fn render(&self) -> String {
-        let address = |address: Option<IpAddr>| {
-            address.map_or_else(|| "%any".to_owned(), |address| address.to_string())
-        };
+        let any = || "%any".to_owned();
         let children: String = self
             .children
             .iter()
@@ -126,13 +127,14 @@ impl Connection {
             .collect();
         format!(
             "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
-             proposals = {}\n    encap = yes\n    mobike = no\n    fragmentation = {}\n    dpd_delay = {}s\n{}    \
+             proposals = {}\n    encap = yes\n    mobike = {}\n    fragmentation = {}\n    dpd_delay = {}s\n{}    \
              local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
              children {{\n{children}    }}\n  }}\n}}\n\
              secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
-            address(self.local),
-            address(self.remote),
+            self.local.map_or_else(any, |address| address.to_string()),
+            self.remote.clone().unwrap_or_else(any),
             self.ike,
+            if self.mobike { "yes" } else { "no" },
             if self.fragments { "yes" } else { "no" },
             self.dpd,
             lines(&self.lines),

@@ -135,6 +135,11 @@ impl Side {
         self.wan_net(family, 2)
     }
 
+    /// Another address that the gateway may have on the network between.
+    pub fn elsewhere(self) -> IpAddr {
+        self.wan_net(Family::V4, 77)
+    }
+
     /// The router's address next to the gateway.
     pub fn router(self, family: Family) -> IpAddr {
         self.wan_net(family, 1)
@@ -278,6 +283,24 @@ impl Topology {
             Side::A => &self.gateway_a,
             Side::B => &self.gateway_b,
         }
+    }
+
+    /// Gives the gateway of a side another IPv4 address next to the router, in the place of the one that it has.
+    ///
+    /// # Errors
+    ///
+    /// ip's.
+    pub fn renumber(&self, side: Side, old: IpAddr, new: IpAddr) -> anyhow::Result<()> {
+        let gateway = self.gateway(side);
+        // Otherwise the kernel takes all addresses of a subnet away with the first one.
+        gateway.sysctl("net.ipv4.conf.wan.promote_secondaries", "1")?;
+        gateway.ip(&format!("addr add {new}/24 dev wan"))?;
+        gateway.ip(&format!("addr del {old}/24 dev wan"))?;
+        let (router, prefix) = (side.router(Family::V4), side.prefix(Family::V4));
+        gateway.ip(&format!("route replace default via {router}"))?;
+        self.router
+            .ip(&format!("route replace {prefix} via {new}"))?;
+        Ok(())
     }
 
     fn cable_site(&self, side: Side, options: Options) -> anyhow::Result<()> {

@@ -7,13 +7,16 @@ use ipsec_ctl::api::model::State;
 use ipsec_tests::{
     capture::Capture,
     cases,
+    command::wait_for,
     gateway::{ChildSettings, Gateway, Tunnel},
+    impairment::{Impairment, Rates},
     pair::{PATIENCE, hosts_are_apart, hosts_talk},
     ping::Ping,
     strongswan::{ChildConnection, Connection, StrongSwan},
     suite::{self, Need::*},
     tcp,
     topology::{Family, Options, Side, Topology},
+    udp::Flow,
 };
 
 fn main() -> ExitCode {
@@ -25,15 +28,18 @@ fn main() -> ExitCode {
         [StrongSwan] we_narrow_to_our_selectors_as_responder,
         [StrongSwan] we_accept_its_narrower_selectors_as_initiator,
         [StrongSwan] two_children_carry_what_is_theirs,
-        [StrongSwan] long_messages_go_in_fragments_in_both_roles,
+        [StrongSwan, Nftables] long_messages_cross_a_small_mtu_in_both_roles,
         [StrongSwan] everything_goes_into_a_tunnel,
         [StrongSwan] a_wrong_key_is_refused_in_both_roles,
         [StrongSwan] no_common_proposal_is_refused_in_both_roles,
         [StrongSwan] a_delete_from_either_side_ends_the_tunnel_at_both,
         [StrongSwan] strongswan_killed_and_restarted_is_found_again,
+        [StrongSwan] a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not,
+        [StrongSwan] a_frozen_strongswan_is_given_up_and_found_again,
         [StrongSwan] we_are_found_again_after_a_kill,
         [StrongSwan, Nftables] a_nat_in_between_is_crossed_by_us,
         [StrongSwan, Nftables] a_nat_in_between_is_crossed_by_strongswan,
+        [StrongSwan] a_nat_that_rebinds_under_traffic_is_followed_in_both_roles,
     ])
 }
 
@@ -157,8 +163,25 @@ fn we_accept_its_narrower_selectors_as_initiator() -> anyhow::Result<()> {
     hosts_talk(&topology, V4)
 }
 
+/// The network between takes 576 bytes, and drops fragments of IP.
+fn narrow(topology: &Topology) -> anyhow::Result<()> {
+    for netns in [&topology.gateway_a, &topology.gateway_b] {
+        netns.ip("link set wan mtu 576")?;
+    }
+    for command in [
+        "ip link set to-a mtu 576",
+        "ip link set to-b mtu 576",
+        "nft add table ip narrow",
+        "nft add chain ip narrow pass { type filter hook prerouting priority -450 ; }",
+        "nft add rule ip narrow pass ip frag-off & 0x3fff != 0 drop",
+    ] {
+        topology.router.exec(command)?;
+    }
+    Ok(())
+}
+
 // RFC 7383: with a dozen ESP proposals IKE_AUTH is longer than 576 bytes.
-fn long_messages_go_in_fragments_in_both_roles() -> anyhow::Result<()> {
+fn long_messages_cross_a_small_mtu_in_both_roles() -> anyhow::Result<()> {
     let ciphers = ["aes256", "aes192", "aes128"];
     let proposals: Vec<String> = ciphers
         .iter()
@@ -167,6 +190,7 @@ fn long_messages_go_in_fragments_in_both_roles() -> anyhow::Result<()> {
         .collect();
     for we_initiate in [true, false] {
         let topology = Topology::build(Options::default())?;
+        narrow(&topology)?;
         let side = if we_initiate { Side::A } else { Side::B };
         let mut tunnel = ours(side, SUITE).with("fragment_size = 576");
         tunnel.children[0].lines = vec![format!("esp = {proposals:?}")];
@@ -384,6 +408,105 @@ fn strongswan_killed_and_restarted_is_found_again() -> anyhow::Result<()> {
                 .is_some_and(|ike| ike.initiator_spi != before)
     })?;
     hosts_talk(&topology, V4)
+}
+
+// RFC 7296 section 2.4: with INITIAL_CONTACT the old SAs are gone at once; without it the new ones take the traffic.
+fn a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not() -> anyhow::Result<()>
+{
+    for says_so in [true, false] {
+        let topology = Topology::build(Options::default())?;
+        let mut connection = theirs(Side::B, SUITE);
+        let unique = if says_so { "replace" } else { "never" };
+        connection.lines = vec![format!("unique = {unique}")];
+        // We have started, just before: so both sides seem to have done so at once.
+        let tunnel = ours(Side::A, SUITE).with("dpd = { mode = \"off\" }");
+        let (gateway, swan) = we_start(&topology, tunnel, &connection)?;
+        let spi = || {
+            anyhow::Ok(
+                gateway
+                    .tunnel("site")?
+                    .ike
+                    .context("no IKE SA")?
+                    .initiator_spi,
+            )
+        };
+        let before = spi()?;
+        let swan = swan.crash_and_restart(&topology.gateway_b)?;
+        swan.initiate("net")?;
+        wait_for("traffic on the new SAs", Duration::from_secs(8), || {
+            hosts_talk(&topology, V4).map(Some)
+        })
+        .with_context(|| format!("says so: {says_so}\n{}", gateway.log(20)))?;
+        ensure!(spi()? != before, "{}", gateway.log(20));
+    }
+    Ok(())
+}
+
+fn a_frozen_strongswan_is_given_up_and_found_again() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let tunnel = ours(Side::A, SUITE).with("dpd = { interval = \"1s\", timeout = \"5s\" }");
+    let (gateway, swan) = we_start(&topology, tunnel, &theirs(Side::B, SUITE))?;
+    swan.freeze()?;
+    // Traffic makes us ask whether the peer still lives.
+    let asking = Ping::to(Side::B.host(V4))
+        .count(50)
+        .interval(Duration::from_millis(200));
+    let given_up = asking.run(&topology.host_a).and_then(|_| {
+        gateway.wait("site", "given up", PATIENCE, |tunnel| {
+            tunnel.state != State::Up
+        })
+    });
+    swan.thaw()?;
+    given_up?;
+    gateway.wait_up("site", Duration::from_secs(40))?;
+    wait_for("traffic", PATIENCE, || hosts_talk(&topology, V4).map(Some))
+}
+
+// RFC 7296 section 2.23, and with MOBIKE RFC 4555 section 3.8.
+fn a_nat_that_rebinds_under_traffic_is_followed_in_both_roles() -> anyhow::Result<()> {
+    const QUIET: Rates = Rates {
+        lost: 0,
+        reordered: 0,
+    };
+    for (we_initiate, mobike) in [(true, true), (true, false), (false, true)] {
+        let topology = Topology::build(Options::default())?;
+        let nat = Impairment::start(&topology, 1, QUIET)?;
+        let side = if we_initiate { Side::A } else { Side::B };
+        // The side that starts is behind the NAT.
+        let tunnel = Tunnel::between_sites(side, V4)
+            .suite(SUITE.0, SUITE.1)
+            .with("dpd = { interval = \"1s\", timeout = \"20s\" }");
+        let mut connection = theirs(side.other(), SUITE);
+        connection.mobike = mobike;
+        connection.dpd = 1;
+        let (gateway, swan) = if we_initiate {
+            connection.remote = None;
+            we_start(&topology, tunnel, &connection)?
+        } else {
+            connection.local = None;
+            they_start(&topology, tunnel.respond_to_any(), &connection)?
+        };
+        let flow = Flow {
+            time: Duration::from_secs(60),
+            ..Flow::to(Side::A.host(V4))
+        };
+        let flow = flow.start(&topology.host_b, &topology.host_a)?;
+        Ping::to(Side::B.host(V4)).run(&topology.host_a)?;
+        nat.rebind();
+        let case = || {
+            format!(
+                "we start: {we_initiate}, MOBIKE: {mobike}\n{}\n{}",
+                gateway.log(20),
+                swan.log(30)
+            )
+        };
+        wait_for("traffic", PATIENCE, || hosts_talk(&topology, V4).map(Some)).with_context(case)?;
+        let report = flow.cut()?;
+        ensure!(report.lost() < report.sent / 2, "{report}, {}", case());
+        ensure!(gateway.tunnel("site")?.state == State::Up, "{}", case());
+        nat.stop()?;
+    }
+    Ok(())
 }
 
 fn we_are_found_again_after_a_kill() -> anyhow::Result<()> {

@@ -83,14 +83,17 @@ impl Gateway {
     pub(super) async fn ike_event(&mut self, event: Event) {
         match event {
             Event::IkeUp(up) => self.ike_up(&up),
-            Event::IkeRekeyed(up) => info!(
-                tunnel = self.name_of(up.peer),
-                spi_i = %up.info.spi_i,
-                spi_r = %up.info.spi_r,
-                suite = %up.info.suite,
-                "IKE SA rekeyed by {}",
-                if up.info.initiator { "us" } else { "the peer" },
-            ),
+            Event::IkeRekeyed(up) => {
+                self.paths.look_soon();
+                info!(
+                    tunnel = self.name_of(up.peer),
+                    spi_i = %up.info.spi_i,
+                    spi_r = %up.info.spi_r,
+                    suite = %up.info.suite,
+                    "IKE SA rekeyed by {}",
+                    if up.info.initiator { "us" } else { "the peer" },
+                );
+            }
             Event::IkeDown { peer, reason, .. } => {
                 self.look_up(tunnel_of(peer));
                 let tunnel = self.name_of(peer);
@@ -130,6 +133,7 @@ impl Gateway {
     }
 
     fn ike_up(&mut self, up: &IkeUp) {
+        self.paths.look_soon();
         info!(
             tunnel = self.name_of(up.peer),
             peer = %up.info.remote,

@@ -14,7 +14,7 @@ use tokio::{
     sync::mpsc,
     time::{sleep_until, timeout},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::{convert, gateway::Gateway};
 use crate::{
@@ -31,6 +31,8 @@ use crate::{
 
 /// Time for which further changes are waited for: they seldom come alone.
 const SETTLE: Duration = Duration::from_millis(50);
+/// Time after which what came up or moved meanwhile is looked at, too.
+const AGAIN: Duration = Duration::from_secs(1);
 /// After a look there is none for so many times as long as it took, so that routes that never rest do not keep us busy.
 const PAUSES: u32 = 10;
 /// Time that the kernel has for an answer.
@@ -127,6 +129,11 @@ impl Paths {
                 }
             }
         }
+    }
+
+    /// An IKE SA has come up, perhaps between addresses that were good when it was begun.
+    pub(super) fn look_soon(&mut self) {
+        self.is_due_after(AGAIN);
     }
 
     fn is_due_after(&mut self, pause: Duration) {
@@ -301,8 +308,12 @@ impl Gateway {
             let command = Command::Addresses(look.addresses);
             self.endpoint.handle_command(now, command);
         }
+        // An IKE SA that was rekeyed meanwhile has an heir, which is to move, too.
+        if !look.moves.is_empty() {
+            self.paths.look_soon();
+        }
         for step in look.moves {
-            info!(
+            debug!(
                 tunnel = self.name_of(PeerId(step.tunnel.0)),
                 local = %step.local,
                 remote = %step.remote,

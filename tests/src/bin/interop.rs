@@ -1,10 +1,13 @@
 //! `cargo xtask interop`: tries everything that we and other implementations have in common, and writes down what works.
+//!
+//! Peers that need ESP in the kernel are tried by this program in a guest (`interop guest ROWS`), whose cells come out as
+//! lines; they are unpacked before (`interop unpack`), for the guest writes nothing.
 
 use std::{fs, io::Write, path::Path, process::ExitCode, sync::Mutex, thread, time::Instant};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use ipsec_tests::{
-    interop::{Cell, Column, Table},
+    interop::{Cell, Column, Table, libreswan},
     netns,
     release::Release,
 };
@@ -24,10 +27,23 @@ const PEERS: &[(&str, Option<&str>)] = &[
     ("strongSwan 6.1", Some("sid")),
 ];
 
+/// What is unpacked of libreswan.
+const LIBRESWAN: &[&str] = &["libreswan"];
+/// Its releases, which run in a guest, and the suites of the distribution that have them.
+const IN_GUEST: &[(&str, &str)] = &[("libreswan 4.10", "bookworm"), ("libreswan 5.2", "trixie")];
+/// Names the file with the cells that a guest has filled, if there was one.
+const GUEST_CELLS: &str = "INTEROP_GUEST_CELLS";
+
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    let filter = arguments.next().unwrap_or_default();
-    match run(&filter) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments.as_slice() {
+        ["unpack"] => unpack().map(|()| 0),
+        ["guest", rows] => run_in_guest(rows).map(|()| 0),
+        [] => run(""),
+        [rows, ..] => run(rows),
+    };
+    match result {
         Ok(0) => ExitCode::SUCCESS,
         Ok(failures) => {
             eprintln!("{failures} cells fail");
@@ -38,6 +54,44 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn unpack() -> anyhow::Result<()> {
+    for (peer, suite) in IN_GUEST {
+        Release::unpacked(suite, LIBRESWAN).with_context(|| (*peer).to_owned())?;
+    }
+    Ok(())
+}
+
+fn run_in_guest(rows: &str) -> anyhow::Result<()> {
+    let show = &|cell: &Cell| {
+        let _ = writeln!(std::io::stdout(), "{}", cell.line());
+    };
+    for (peer, suite) in IN_GUEST {
+        for we_initiate in [true, false] {
+            let column = libreswan::Column {
+                peer: (*peer).to_owned(),
+                release: Release::unpacked(suite, LIBRESWAN)?,
+                we_initiate,
+            };
+            column.run(rows, show);
+        }
+    }
+    Ok(())
+}
+
+/// Takes over what a guest has found out.
+fn add_guest(table: &mut Table) {
+    let text = std::env::var_os(GUEST_CELLS).and_then(|path| fs::read_to_string(path).ok());
+    let lines = text.as_deref().unwrap_or_default().lines();
+    let cells: Vec<Cell> = lines.filter_map(Cell::read).collect();
+    for (peer, _) in IN_GUEST {
+        if cells.iter().all(|cell| cell.peer != *peer) {
+            let why = "no guest with ESP has tried it; `cargo xtask vm --build` makes its kernel";
+            table.absent.push(((*peer).to_owned(), why.to_owned()));
+        }
+    }
+    table.cells.extend(cells);
 }
 
 fn run(filter: &str) -> anyhow::Result<usize> {
@@ -97,6 +151,7 @@ fn run(filter: &str) -> anyhow::Result<usize> {
             .cells
             .extend(result.map_err(|_| anyhow!("a peer's thread panicked"))??);
     }
+    add_guest(&mut table);
     let failures = table.failures().count();
     let mut out = std::io::stdout().lock();
     writeln!(out, "\n{}", table.page())?;

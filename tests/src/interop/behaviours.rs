@@ -1,8 +1,8 @@
 //! What peers do besides negotiating a suite: identities, selectors, NAT, cookies, rekeying, deaths and returns.
 
-use std::{thread, time::Duration};
+use std::{net::IpAddr, thread, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use ipsec_ctl::api::model::State;
 use nix::{
     sys::signal::{Signal, kill},
@@ -16,10 +16,11 @@ use crate::{
     command::wait_for,
     gateway::{Gateway, Tunnel},
     hops::Hops,
+    names::NameServer,
     pair::PATIENCE,
     ping::Ping,
     strongswan::{Connection, StrongSwan},
-    topology::{Family, Options, Side, Topology},
+    topology::{Family, Options, Side, Topology, attacker},
     udp::{Flow, Running},
 };
 
@@ -58,7 +59,10 @@ const ALL: &[Behaviour] = &[
     ("IPv6 inside", |column| {
         families(column, Family::V4, Family::V6)
     }),
+    ("the peer has a name", name),
+    ("IKE_AUTH without a child (RFC 6023)", childless),
     ("NAT before the initiator", nat),
+    ("the initiator's address moves (MOBIKE)", moves),
     ("the responder demands a cookie", cookies),
     (
         "the responder wants another group (INVALID_KE)",
@@ -93,8 +97,20 @@ const ALL: &[Behaviour] = &[
     ("we are killed and call again", we_return),
 ];
 
+/// Those in which only our role as responder is of interest.
+const AS_RESPONDER: &[Behaviour] = &[(
+    "one identity calls from two addresses, our unique = keep or replace",
+    unique,
+)];
+
 pub(super) fn run(column: &Column, filter: &str, done: &(dyn Fn(&Cell) + Sync)) -> Vec<Cell> {
+    let further = if column.we_initiate {
+        &[][..]
+    } else {
+        AS_RESPONDER
+    };
     ALL.iter()
+        .chain(further)
         .filter(|(name, _)| name.contains(filter))
         .map(|(name, behaviour)| {
             let cell = column.cell("Behaviours", name, behaviour(column));
@@ -188,7 +204,7 @@ fn families(column: &Column, outside: Family, inside: Family) -> anyhow::Result<
     let (mut tunnel, mut connection) = column.plan();
     tunnel.peer = Side::B.outside(outside).to_string();
     connection.local = Some(Side::B.outside(outside));
-    connection.remote = Some(Side::A.outside(outside));
+    connection.remote = Some(Side::A.outside(outside).to_string());
     tunnel.children[0].local = vec![Side::A.prefix(inside)];
     tunnel.children[0].remote = vec![Side::B.prefix(inside)];
     connection.children[0].local = Side::B.prefix(inside);
@@ -196,6 +212,87 @@ fn families(column: &Column, outside: Family, inside: Family) -> anyhow::Result<
     let topology = topology()?;
     let _ends = column.up(&topology, (tunnel, &connection))?;
     talk(&topology, inside)
+}
+
+/// The side that starts knows the other by a name.
+fn name(column: &Column) -> anyhow::Result<()> {
+    let topology = topology()?;
+    let (mut tunnel, mut connection) = column.plan();
+    let (asks, address) = if column.we_initiate {
+        "gateway.example".clone_into(&mut tunnel.peer);
+        (&topology.gateway_a, Side::B.outside(V4))
+    } else {
+        connection.remote = Some("gateway.example".to_owned());
+        (&topology.gateway_b, Side::A.outside(V4))
+    };
+    let IpAddr::V4(address) = address else {
+        bail!("{address} is not IPv4")
+    };
+    let _names = NameServer::start(asks, address)?;
+    let _ends = column.up(&topology, (tunnel, &connection))?;
+    talk(&topology, V4)
+}
+
+fn childless(column: &Column) -> anyhow::Result<()> {
+    let topology = topology()?;
+    let (tunnel, mut connection) = column.plan();
+    let theirs = if column.we_initiate { "allow" } else { "force" };
+    connection.lines = vec![format!("childless = {theirs}")];
+    let tunnel = tunnel.with("childless = true");
+    let (_gateway, swan) = column.up(&topology, (tunnel, &connection))?;
+    ensure!(swan.has_logged("CREATE_CHILD_SA"), "{}", swan.log(30));
+    talk(&topology, V4)
+}
+
+fn moves(column: &Column) -> anyhow::Result<()> {
+    let topology = topology()?;
+    let (tunnel, mut connection) = column.plan();
+    connection.mobike = true;
+    connection.local = None;
+    let (gateway, swan) = column.up(&topology, (tunnel, &connection))?;
+    let before = gateway.tunnel("site")?.ike.context("no IKE SA")?;
+    ensure!(before.mobike, "MOBIKE was not agreed on");
+    let side = if column.we_initiate { Side::A } else { Side::B };
+    topology.renumber(side, side.outside(V4), side.elsewhere())?;
+    let moved = gateway
+        .wait("site", "elsewhere", PATIENCE, |tunnel| {
+            let at = tunnel.ike.as_ref().map(|ike| (ike.local, ike.remote));
+            // It may also take an IPv6 address that it was told of.
+            at.is_some_and(|(ours, theirs)| ![ours.ip(), theirs.ip()].contains(&side.outside(V4)))
+        })
+        .with_context(|| format!("log of the peer:\n{}", swan.log(30)))?;
+    let ike = moved.ike.context("no IKE SA")?;
+    ensure!(ike.initiator_spi == before.initiator_spi, "another IKE SA");
+    wait_for("traffic", PATIENCE, || Ok(talk(&topology, V4).ok()))
+}
+
+/// The peer calls, and somebody with its identity and key does so from elsewhere.
+fn unique(column: &Column) -> anyhow::Result<()> {
+    for keeps in [true, false] {
+        let topology = topology()?;
+        let (tunnel, mut connection) = column.plan();
+        let ours = if keeps { "keep" } else { "replace" };
+        let tunnel = tunnel
+            .respond_to_any()
+            .with(&format!("unique = \"{ours}\""));
+        // It does not say INITIAL_CONTACT.
+        connection.lines = vec!["unique = never".to_owned()];
+        let (gateway, _first) = column.up(&topology, (tunnel, &connection))?;
+        talk(&topology, V4)?;
+        let second = StrongSwan::start_release(&column.release, &topology.attacker, &[])?;
+        connection.local = None;
+        second.load(&connection)?;
+        let came = second.initiate("net").is_ok();
+        ensure!(came != keeps, "{ours}: the second one came up: {came}");
+        let at = gateway.tunnel("site")?.ike.context("no IKE SA")?.remote;
+        let expected = if keeps {
+            Side::B.outside(V4)
+        } else {
+            attacker(V4)
+        };
+        ensure!(at.ip() == expected, "{ours}: the peer is at {at}");
+    }
+    Ok(())
 }
 
 fn nat(column: &Column) -> anyhow::Result<()> {
@@ -511,8 +608,10 @@ fn peer_returns(column: &Column, unique: &str) -> anyhow::Result<()> {
                 .as_ref()
                 .is_some_and(|ike| ike.initiator_spi != before.initiator_spi)
     })?;
-    // One that does not say that it has lost its SAs is found dead on the old ones by DPD.
-    wait_for("traffic", DEATH, || Ok(talk(&topology, V4).ok()))
+    // One that does not say that it has lost its SAs has new ones, and traffic follows those before DPD says anything.
+    wait_for("traffic", Duration::from_secs(8), || {
+        Ok(talk(&topology, V4).ok())
+    })
 }
 
 fn we_return(column: &Column) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@
 //! charon a column; behaviours that kill, freeze or hide a peer have their own.
 
 mod behaviours;
+pub mod libreswan;
 mod report;
 mod suites;
 
@@ -38,15 +39,6 @@ pub struct Column {
 type Ends<'a> = (Gateway<'a>, StrongSwan);
 
 impl Column {
-    /// Our role, as in the head of the table.
-    pub fn role(&self) -> &'static str {
-        if self.we_initiate {
-            "initiator"
-        } else {
-            "responder"
-        }
-    }
-
     /// Fills the column; rows whose name does not contain `filter` are left out.
     ///
     /// # Errors
@@ -60,16 +52,7 @@ impl Column {
 
     /// A cell out of what became of it.
     fn cell(&self, group: &'static str, row: &str, result: anyhow::Result<()>) -> Cell {
-        Cell {
-            group,
-            row: row.to_owned(),
-            peer: self.peer.clone(),
-            role: self.role(),
-            // The page has the first line: the cause, and not the log around it.
-            failure: result
-                .err()
-                .map(|error| format!("{}\n{error:#}", error.root_cause())),
-        }
+        Cell::of((group, row), (&self.peer, self.we_initiate), result)
     }
 
     /// The tunnel's ends for the suite that most cells use, strongSwan at site B.

@@ -2,19 +2,69 @@
 
 use std::fmt::Write;
 
+use serde_json::{Value, json};
+
 /// One cell.
 #[derive(Clone, Debug)]
 pub struct Cell {
     /// The part of the table.
-    pub group: &'static str,
+    pub group: String,
     /// The row.
     pub row: String,
     /// The peer.
     pub peer: String,
     /// Our role.
-    pub role: &'static str,
+    pub role: String,
     /// Why it fails, if it does.
     pub failure: Option<String>,
+}
+
+impl Cell {
+    /// What became of a row with a peer, we in the one role or the other.
+    pub(super) fn of(
+        (group, row): (&str, &str),
+        (peer, we_initiate): (&str, bool),
+        result: anyhow::Result<()>,
+    ) -> Self {
+        let role = if we_initiate {
+            "initiator"
+        } else {
+            "responder"
+        };
+        Self {
+            group: group.to_owned(),
+            row: row.to_owned(),
+            peer: peer.to_owned(),
+            role: role.to_owned(),
+            // The page has the first line: the cause, and not the log around it.
+            failure: result
+                .err()
+                .map(|error| format!("{}\n{error:#}", error.root_cause())),
+        }
+    }
+
+    /// One line, for whoever collects cells of several machines.
+    pub fn line(&self) -> String {
+        json!([self.group, self.row, self.peer, self.role, self.failure]).to_string()
+    }
+
+    /// Reads [`Self::line`]; none if it is another line.
+    pub fn read(line: &str) -> Option<Self> {
+        let Value::Array(parts) = serde_json::from_str(line).ok()? else {
+            return None;
+        };
+        let [group, row, peer, role, failure] = parts.as_slice() else {
+            return None;
+        };
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        Some(Self {
+            group: text(group)?,
+            row: text(row)?,
+            peer: text(peer)?,
+            role: text(role)?,
+            failure: text(failure),
+        })
+    }
 }
 
 /// All cells, in the order in which they were tried.
@@ -38,15 +88,16 @@ impl Table {
             "# Interoperation\n\nMade by `cargo xtask interop`; not to be edited. Every row is tried with us as initiator and as \
              responder: the\ntunnel comes up, pings cross it, and the behaviour is seen. Peers older or newer than the \
              distribution's are unpacked\nunder `target/peers`.\n\nstrongSwan runs with its userspace ESP, which always \
-             encapsulates in UDP, knows tunnel mode only, and no ESN. Groups\nare used by IKE_SA_INIT and by CREATE_CHILD_SA.\n",
+             encapsulates in UDP, knows tunnel mode only, and no ESN. libreswan\nruns in a guest with the kernel's ESP, without encapsulation; an empty field is a row that is not tried with a peer. \
+             Groups\nare used by IKE_SA_INIT and by CREATE_CHILD_SA.\n",
         );
         let columns = unique(
             self.cells
                 .iter()
-                .map(|cell| (cell.peer.as_str(), cell.role)),
+                .map(|cell| (cell.peer.as_str(), cell.role.as_str())),
         );
         let mut reasons: Vec<&str> = Vec::new();
-        for group in unique(self.cells.iter().map(|cell| cell.group)) {
+        for group in unique(self.cells.iter().map(|cell| cell.group.as_str())) {
             let _ = write!(text, "\n## {group}\n\n| |");
             for (peer, role) in &columns {
                 let _ = write!(text, " {peer}, {role} |");
@@ -56,8 +107,9 @@ impl Table {
             for row in unique(cells().map(|cell| cell.row.as_str())) {
                 let _ = write!(text, "| {row} |");
                 for column in &columns {
-                    let cell = cells()
-                        .find(|cell| cell.row == row && (cell.peer.as_str(), cell.role) == *column);
+                    let cell = cells().find(|cell| {
+                        cell.row == row && (cell.peer.as_str(), cell.role.as_str()) == *column
+                    });
                     let shown = match cell.map(|cell| &cell.failure) {
                         None => String::new(),
                         Some(None) => "yes".to_owned(),
@@ -110,14 +162,23 @@ fn unique<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
 mod tests {
     use super::*;
 
-    fn cell(role: &'static str, failure: Option<&str>) -> Cell {
+    fn cell(role: &str, failure: Option<&str>) -> Cell {
         Cell {
-            group: "Suites",
+            group: "Suites".to_owned(),
             row: "aes".to_owned(),
             peer: "peer 1".to_owned(),
-            role,
+            role: role.to_owned(),
             failure: failure.map(str::to_owned),
         }
+    }
+
+    #[test]
+    fn a_cell_comes_through_as_a_line() {
+        let cell = cell("responder", Some("refused\nlog"));
+        let read = Cell::read(&cell.line()).unwrap();
+        assert_eq!((read.row, read.role), (cell.row, cell.role));
+        assert_eq!(read.failure, cell.failure);
+        assert!(Cell::read("vm: some other line").is_none());
     }
 
     #[test]

@@ -17,7 +17,7 @@ const GROUPS: [&str; 9] = [
 ];
 
 /// IKE and ESP proposals that cover every cipher with every PRF or integrity algorithm, and every group.
-fn suites() -> Vec<(String, String)> {
+pub(super) fn suites() -> Vec<(String, String)> {
     let hashed = |cipher: &'static str| HASHES.map(|hash| (cipher, hash));
     let aead = AEAD
         .into_iter()

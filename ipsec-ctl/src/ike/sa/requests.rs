@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use zeroize::Zeroizing;
 
 use super::{
-    Answered, Closed, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob,
-    mobike::Path, rekey::Succession, sync::Numbers,
+    Answered, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob, mobike::Path,
+    rekey::Succession, sync::Numbers,
 };
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
     endpoint::{Refusal, Shared},
-    event::{DownReason, Event, Transmit},
+    event::{Event, Transmit},
     exchange::{AuthRequest, AuthResponse, ChildRequest, ChildResponse, Informational, SortError},
     message::{
         ExchangeType, Flags, Header, Message, MessageId, Payload, PayloadType, parse_payloads,
@@ -315,22 +315,17 @@ impl IkeSa {
     }
 
     /// A message without protection proves nothing.
-    // RFC 7296 section 2.4: it is a hint at most. Who deletes an IKE SA that the peer does not know need not go on, and of
-    // two that were started at once the one that it does not know is not the one to stay.
+    // RFC 7296 section 2.4: it is a hint at most. Who deletes an IKE SA that the peer does not know need not go on.
     fn unprotected(&mut self, shared: &mut Shared, message: &Message<'_>) {
         let forgotten = message.payloads.iter().any(|payload| {
             matches!(payload, Payload::Notify(notify) if notify.kind == NotifyType::INVALID_IKE_SPI)
         });
-        let asked = self.outstanding.as_ref().filter(|outstanding| {
-            forgotten
-                && message.header.flags.response
+        let asked = self.outstanding.as_ref().is_some_and(|outstanding| {
+            matches!(outstanding.exchange, Exchange::DeleteIke)
                 && MessageId(outstanding.message_id) == message.header.message_id
         });
-        let deletes = |sent: &Outstanding| matches!(sent.exchange, Exchange::DeleteIke);
-        if asked.is_some_and(deletes) {
+        if forgotten && asked && message.header.flags.response {
             self.deleted(shared);
-        } else if asked.is_some() && self.younger.take().is_some() {
-            self.close(shared, DownReason::Replaced, Closed::Wanted);
         } else {
             shared.refuse(Refusal::NotEncrypted);
         }
