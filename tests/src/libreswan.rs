@@ -67,7 +67,7 @@ impl Connection {
                 Side::B.outside(Family::V4),
                 self.peer,
                 algorithms(&self.ike),
-                algorithms(&self.esp),
+                esp_algorithms(&self.esp),
             );
             for line in &self.lines {
                 text += &format!("    {line}\n");
@@ -102,6 +102,11 @@ fn algorithms(proposal: &str) -> String {
         .map(theirs)
         .collect::<Vec<_>>()
         .join("-")
+}
+
+/// An ESP proposal of ours, whose group it wants behind a semicolon.
+fn esp_algorithms(proposal: &str) -> String {
+    algorithms(proposal).replace("-dh", ";dh")
 }
 
 /// A proposal of ours without its group.
@@ -314,6 +319,7 @@ mod tests {
         ] {
             assert_eq!(algorithms(ours), theirs);
         }
+        assert_eq!(esp_algorithms("aes256gcm16-ecp384"), "aes_gcm256;dh20");
         assert_eq!(without_group("aes128-sha256-ecp384"), "aes128-sha256");
     }
 }

@@ -177,6 +177,8 @@ fn moves(column: &Column) -> anyhow::Result<()> {
     } else {
         connection.lines.push("left=%defaultroute".to_owned());
     }
+    // Its answers hold no COOKIE2, so that it cannot show that it is where it claims to be.
+    let tunnel = tunnel.with("return_routability = false");
     let (gateway, peer) = column.up(&topology, tunnel, &connection)?;
     let before = gateway.tunnel("site")?.ike.context("no IKE SA")?;
     ensure!(before.mobike, "MOBIKE was not agreed on");
