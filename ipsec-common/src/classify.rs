@@ -3,6 +3,8 @@
 //! The same function runs in the kernel, in host tests and in proptest. It is written for the verifier: reads at small
 //! offsets only, no loops over packet contents. Packet work that needs more than the first headers is [`crate::packet`]'s.
 
+pub mod ike;
+
 use crate::{Reason, maps::MappedAddress};
 
 /// Bytes of a frame, of which every read is checked.

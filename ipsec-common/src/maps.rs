@@ -11,7 +11,7 @@ use core::net::{IpAddr, Ipv6Addr};
 use crate::{REASONS, SaWords, Spi};
 
 /// Version of these layouts; the name of the folder that holds the pins is made of it.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Elements of `SA_WORDS`: SAs, both directions counted, that can exist at a time.
 pub const SA_SLOTS: u32 = 16 * 1024;
@@ -23,6 +23,13 @@ pub const ADDRESS_SLOTS: u32 = 4 * 1024;
 pub const LINK_SLOTS: u32 = 1024;
 /// Elements of `SOCKETS`, the XSKMAP of all interfaces.
 pub const SOCKET_SLOTS: u32 = 4 * 1024;
+
+/// Elements of `IKE_PEERS`; those not seen for longest make room.
+pub const IKE_PEER_SLOTS: u32 = 16 * 1024;
+/// Elements of `IKE_SPIS`; those not seen for longest make room.
+pub const IKE_SPI_SLOTS: u32 = 64 * 1024;
+/// Elements of `IKE_SOURCES`: a power of two.
+pub const IKE_SOURCE_BUCKETS: u32 = 64 * 1024;
 
 /// An address as maps hold it: IPv6, or IPv4 mapped into it (`::ffff:a.b.c.d`).
 pub type MappedAddress = [u8; 16];
@@ -88,8 +95,37 @@ pub struct Settings {
     pub unknown_spi_per_second: u32,
     /// UDP port on which ESP arrives encapsulated; 0 is none.
     pub nat_port: u16,
+    /// UDP port of IKE; 0 is none.
+    pub ike_port: u16,
+    /// IKE of no known SA that a stranger may send in a second.
+    pub ike_per_source: u32,
+    /// IKE of no known SA that a known peer may send in a second: it may have a thousand tunnels.
+    pub ike_per_peer: u32,
+    /// IKE of no known SA that all sources but known peers together may send in a second, of each stage.
+    pub ike_per_second: u32,
     /// Zero.
-    pub padding: u16,
+    pub padding: u32,
+    /// Makes [`source_bucket`] another function in each process, so that nobody can aim at another's element.
+    pub seed: u64,
+}
+
+/// Element of `IKE_SOURCES` that counts what comes from an address: for IPv6 the one of its /64, which one host may fill.
+#[inline(always)]
+pub const fn source_bucket(source: &MappedAddress, seed: u64) -> u32 {
+    // Odd, with bits all over: 2^64 over the golden ratio.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let [a, b, c, d, e, f, g, h, .., i, j, k, l] = *source;
+    let high = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+    // IPv4 is mapped into the prefix of all zeros, and lies in the last four bytes.
+    let low = if high == 0 {
+        u32::from_ne_bytes([i, j, k, l]) as u64
+    } else {
+        0
+    };
+    let mut hash = (high ^ seed).wrapping_mul(SPREAD);
+    hash = (hash ^ hash >> 32 ^ low).wrapping_mul(SPREAD);
+    hash = (hash ^ hash >> 29 ^ seed).wrapping_mul(SPREAD);
+    (hash >> 40) as u32 & (IKE_SOURCE_BUCKETS - 1)
 }
 
 /// Key of `INBOUND`: what an ESP packet that arrives says about its SA.
@@ -130,6 +166,8 @@ pub struct TunnelEntry {
     pub mtu: u32,
     /// 1: workers seal its packets. 0: they go to the slow path.
     pub offloaded: u32,
+    /// 1: a packet that its selectors let in may pretend to come out of a tunnel, so that the way back is looked at.
+    pub wary: u32,
 }
 
 /// Value of `LINKS`, whose key is the index of an interface that carries the program.
@@ -270,7 +308,8 @@ impl Note {
     }
 }
 
-/// Element of `LIMITER`, one on each CPU: how many packets of unknown SPIs passed in the current second.
+/// How much passed in the current second: packets of unknown SPIs, in the element of `LIMITER` of each CPU; IKE of no known
+/// SA from one of many groups of sources, in `IKE_SOURCES`, and in all, in the element of `IKE_TOTALS` of its stage.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limiter {
@@ -358,6 +397,28 @@ mod tests {
         let mut other = note.to_bytes();
         other[4] = 9;
         assert_eq!(Note::read(&other), None);
+    }
+
+    #[test]
+    fn sources_are_spread_over_the_buckets_and_a_seed_spreads_them_otherwise() {
+        let bucket = |number: u32, seed| {
+            let address = IpAddr::from(number.wrapping_mul(7).to_be_bytes());
+            source_bucket(&mapped(address), seed)
+        };
+        let mut load = vec![0_u32; IKE_SOURCE_BUCKETS as usize];
+        for number in 0..IKE_SOURCE_BUCKETS * 4 {
+            load[bucket(number, 99) as usize] += 1;
+        }
+        assert!(
+            load.iter().all(|load| *load < 24),
+            "{:?}",
+            load.iter().max()
+        );
+        let moved = (0..1000).filter(|number| bucket(*number, 1) != bucket(*number, 2));
+        assert!(moved.count() > 900);
+        let of = |text: &str| source_bucket(&mapped(text.parse().unwrap()), 5);
+        assert_eq!(of("2001:db8::1"), of("2001:db8::2"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
     }
 
     #[test]

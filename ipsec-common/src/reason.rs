@@ -79,10 +79,13 @@ reasons! {
     SlowPolicy = 31, "slow-policy", Slow, "the tunnel is not offloaded; its ledger says why";
     SlowTunnel = 32, "slow-tunnel", Slow, "from one tunnel into another";
     Unanswered = 33, "unanswered", Dropped, "waited for an SA on demand that did not come in time";
+    IkeSource = 34, "ike-source", Dropped, "IKE of no known SA, more than one source may send in a second";
+    IkeFlood = 35, "ike-flood", Dropped, "IKE of no known SA, more than all strangers may send in a second";
+    SlowGuard = 36, "slow-guard", Slow, "the way back to its source is a tunnel: the plaintext guard decides";
 }
 
 /// Number of reasons, hence of counters.
-pub const REASONS: u32 = 34;
+pub const REASONS: u32 = 37;
 
 #[cfg(test)]
 mod tests {

@@ -18,17 +18,19 @@ pub fn refuse(ike: &Ike, outline: &Outline, settings: &Settings) -> Option<Reaso
     if unsafe { IKE_SPIS.get(ike.ours) }.is_some() {
         return None;
     }
+    // SAFETY: as above.
+    let is_peer = unsafe { IKE_PEERS.get(outline.source) }.is_some();
+    let most = if is_peer {
+        settings.ike_per_peer
+    } else {
+        settings.ike_per_source
+    };
     let now = seconds();
     let bucket = source_bucket(&outline.source, settings.seed);
-    if !admit(
-        IKE_SOURCES.get_ptr_mut(bucket),
-        now,
-        settings.ike_per_source,
-    ) {
+    if !admit(IKE_SOURCES.get_ptr_mut(bucket), now, most) {
         return Some(Reason::IkeSource);
     }
-    // SAFETY: as above.
-    if unsafe { IKE_PEERS.get(outline.source) }.is_some() {
+    if is_peer {
         return None;
     }
     let total = IKE_TOTALS.get_ptr_mut(ike.stage as u32);
@@ -52,5 +54,6 @@ fn admit(limiter: Option<*mut Limiter>, now: u64, per_second: u32) -> bool {
 #[inline(always)]
 pub fn seconds() -> u64 {
     // SAFETY: the helper has no preconditions.
-    unsafe { bpf_ktime_get_ns() } / 1_000_000_000
+    let nanoseconds = unsafe { bpf_ktime_get_ns() };
+    nanoseconds / 1_000_000_000
 }

@@ -5,6 +5,7 @@
 #![no_main]
 
 mod fib;
+mod ike;
 mod maps;
 mod packet;
 
@@ -12,7 +13,6 @@ use core::sync::atomic::AtomicU64;
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT},
-    helpers::bpf_ktime_get_ns,
     macros::xdp,
     programs::XdpContext,
 };
@@ -23,7 +23,7 @@ use ipsec_common::{
 };
 
 use crate::{
-    fib::Egress,
+    fib::{Egress, Way},
     maps::{
         ADDRESSES, INBOUND, LIMITER, LINKS, SA_WORDS, SETTINGS, SOCKETS, TUNNELS, VLANS, count,
     },
@@ -50,8 +50,10 @@ fn decide(packet: &Packet) -> (Reason, u32) {
     let Some(ingress) = ingress(packet, link, &outline) else {
         return NOT_OURS;
     };
-    let nat_port = SETTINGS.get(0).map_or(0, |settings| settings.nat_port);
-    if let Some((spi, esp)) = outline.esp(packet, nat_port) {
+    let Some(settings) = SETTINGS.get(0) else {
+        return NOT_OURS;
+    };
+    if let Some((spi, esp)) = outline.esp(packet, settings.nat_port) {
         let key = InboundKey {
             destination: outline.destination,
             spi,
@@ -62,8 +64,16 @@ fn decide(packet: &Packet) -> (Reason, u32) {
         }
         // SAFETY: as above.
         if unsafe { ADDRESSES.get(outline.destination) }.is_some() {
-            return unknown_spi();
+            return unknown_spi(settings.unknown_spi_per_second);
         }
+    } else if let Some(message) = outline.ike(packet, settings.ike_port, settings.nat_port)
+        // SAFETY: as above.
+        && unsafe { ADDRESSES.get(outline.destination) }.is_some()
+    {
+        return match ike::refuse(&message, &outline, settings) {
+            Some(reason) => (reason, XDP_DROP),
+            None => NOT_OURS,
+        };
     }
     outbound(packet, link, &outline, ingress)
 }
@@ -123,12 +133,8 @@ fn load(word: &AtomicU64) -> u64 {
 
 /// A few a second go on to the slow path, which reports them; a flood ends here.
 #[inline(always)]
-fn unknown_spi() -> (Reason, u32) {
-    let per_second = SETTINGS
-        .get(0)
-        .map_or(0, |settings| settings.unknown_spi_per_second);
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_ns() } / 1_000_000_000;
+fn unknown_spi(per_second: u32) -> (Reason, u32) {
+    let now = ike::seconds();
     let Some(limiter) = LIMITER.get_ptr_mut(0) else {
         return (Reason::UnknownSpi, XDP_DROP);
     };
@@ -142,10 +148,10 @@ fn unknown_spi() -> (Reason, u32) {
 
 #[inline(always)]
 fn outbound(packet: &Packet, link: &LinkEntry, outline: &Outline, ingress: u32) -> (Reason, u32) {
-    let device = match fib::egress(packet, outline, ingress) {
+    let device = match fib::egress(packet, outline, ingress, Way::There) {
         Egress::Device(device) => device,
         Egress::TooLong => return (Reason::SlowTooLong, XDP_PASS),
-        Egress::None => return NOT_OURS,
+        Egress::Blocked | Egress::None => return NOT_OURS,
     };
     // SAFETY: as for the other tables.
     let Some(tunnel) = (unsafe { TUNNELS.get(device) }) else {
@@ -160,11 +166,26 @@ fn outbound(packet: &Packet, link: &LinkEntry, outline: &Outline, ingress: u32) 
     if tunnel.offloaded == 0 {
         return (Reason::SlowPolicy, XDP_PASS);
     }
+    if tunnel.wary != 0 && pretends(packet, outline, ingress) {
+        return (Reason::SlowGuard, XDP_PASS);
+    }
     let note = note(Work::Outbound, outline, 0, device, ingress);
     match hand_over(packet, link, note) {
         Handed::Over => (Reason::FastOutbound, XDP_REDIRECT),
         // The FIB says tunnel, so the kernel hands it to the slow path: it cannot leak.
         Handed::NoSocket | Handed::NoRoom => (Reason::SlowPolicy, XDP_PASS),
+    }
+}
+
+/// Whether an answer would go into a tunnel, so that the packet should have come out of one. The kernel's plaintext guard
+/// decides: it knows the exemptions.
+#[inline(always)]
+fn pretends(packet: &Packet, outline: &Outline, ingress: u32) -> bool {
+    match fib::egress(packet, outline, ingress, Way::Back) {
+        // SAFETY: as for the other tables.
+        Egress::Device(device) => unsafe { TUNNELS.get(device) }.is_some(),
+        Egress::TooLong | Egress::Blocked => true,
+        Egress::None => false,
     }
 }
 

@@ -3,13 +3,15 @@
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, XskMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, XskMap},
 };
 use ipsec_common::{
     REASONS, Reason, SaWords,
+    classify::ike::{IkeSpi, STAGES},
     maps::{
-        ADDRESS_SLOTS, Header, InboundEntry, InboundKey, LINK_SLOTS, Limiter, LinkEntry,
-        MappedAddress, SA_SLOTS, SOCKET_SLOTS, Settings, TUNNEL_SLOTS, TunnelEntry, VlanKey,
+        ADDRESS_SLOTS, Header, IKE_PEER_SLOTS, IKE_SOURCE_BUCKETS, IKE_SPI_SLOTS, InboundEntry,
+        InboundKey, LINK_SLOTS, Limiter, LinkEntry, MappedAddress, SA_SLOTS, SOCKET_SLOTS,
+        Settings, TUNNEL_SLOTS, TunnelEntry, VlanKey,
     },
 };
 
@@ -37,6 +39,16 @@ pub static SOCKETS: XskMap = XskMap::pinned(SOCKET_SLOTS, 0);
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(REASONS, 0);
 #[map]
 pub static LIMITER: PerCpuArray<Limiter> = PerCpuArray::pinned(1, 0);
+/// Addresses of peers that are configured or were up.
+#[map]
+pub static IKE_PEERS: LruHashMap<MappedAddress, u32> = LruHashMap::pinned(IKE_PEER_SLOTS, 0);
+/// SPIs of ours that the daemon has sent.
+#[map]
+pub static IKE_SPIS: LruHashMap<IkeSpi, u32> = LruHashMap::pinned(IKE_SPI_SLOTS, 0);
+#[map]
+pub static IKE_SOURCES: Array<Limiter> = Array::pinned(IKE_SOURCE_BUCKETS, 0);
+#[map]
+pub static IKE_TOTALS: Array<Limiter> = Array::pinned(STAGES, 0);
 
 /// Counts one packet.
 #[inline(always)]

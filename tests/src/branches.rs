@@ -1,7 +1,10 @@
 //! Several branches under one tunnel of gateway B, whose peer may be anywhere: gateway A, and another one in the
 //! attacker's place.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use anyhow::Context;
 use ipsec_ctl::api::model::State;
@@ -10,6 +13,7 @@ use crate::{
     capture::Capture,
     command::wait_for,
     gateway::{Gateway, Tunnel},
+    netns::Netns,
     pair::{PATIENCE, hosts_talk},
     ping::Ping,
     topology::{Family, Options, Side, Topology},
@@ -49,12 +53,18 @@ fn other_branch(topology: &Topology) -> anyhow::Result<Gateway<'_>> {
     Gateway::start(netns, &[tunnel])
 }
 
+/// Pings, after one more that finds neighbours, which takes long where the machine is slow.
+fn talk(from: &Netns, to: IpAddr) -> anyhow::Result<()> {
+    Ping::to(to).count(1).run(from)?;
+    Ping::to(to).run(from)?.all_answered()
+}
+
 fn pings(topology: &Topology) -> anyhow::Result<()> {
     for (from, to) in [
         (&topology.host_b, OTHER.1.into()),
         (&topology.attacker, Side::B.host(Family::V4)),
     ] {
-        Ping::to(to).run(from)?.all_answered()?;
+        talk(from, to)?;
     }
     Ok(())
 }
@@ -131,10 +141,7 @@ pub fn each_of_two_pairs_of_one_child_carries_its_own(line: &str) -> anyhow::Res
     )?;
     let all_talk = |when: &str| {
         hosts_talk(&topology, Family::V4)?;
-        Ping::to(SECOND.1.into())
-            .run(&topology.host_b)?
-            .all_answered()
-            .with_context(|| format!("{when}\n{}", b.log(40)))
+        talk(&topology.host_b, SECOND.1.into()).with_context(|| format!("{when}\n{}", b.log(40)))
     };
     all_talk("with both pairs up")?;
     a.rekey("site")?;

@@ -10,6 +10,7 @@ pub mod branches;
 pub mod capture;
 pub mod command;
 mod decode;
+pub mod flood;
 pub mod gateway;
 pub mod hops;
 pub mod impairment;

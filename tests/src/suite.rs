@@ -23,6 +23,8 @@ pub enum Need {
     Namespaces,
     /// nftables, for the router's NAT and for firewalls.
     Nftables,
+    /// VLAN devices, which the guest has if it was built.
+    Vlan,
     /// strongSwan with its userspace ESP.
     StrongSwan,
     /// A kernel with ESP, such as the guest's.
@@ -67,6 +69,17 @@ impl Need {
             Self::Netdevsim => (!netdevsim::is_there()).then(|| {
                 "this kernel has no netdevsim: `cargo xtask vm --build` makes a guest that does".to_owned()
             }),
+            Self::Vlan => {
+                let pair = ["link", "add", PROBE, "type", "veth"];
+                let on_it = "link add link ipx-suite name ipx-suite.2 type vlan id 2";
+                let on_it: Vec<&str> = on_it.split(' ').collect();
+                let added = run("ip", &pair).and_then(|_| run("ip", &on_it));
+                let _ = run("ip", &["link", "del", PROBE]);
+                added.err().map(|_| {
+                    "this kernel has no VLANs: `cargo xtask vm --build` makes a guest that does"
+                        .to_owned()
+                })
+            }
             Self::StrongSwan => absent(
                 &["charon-systemd", "swanctl"],
                 "charon-systemd strongswan-swanctl libcharon-extra-plugins libstrongswan-standard-plugins libstrongswan-extra-plugins",

@@ -51,6 +51,8 @@ pub struct Options {
     pub host_offload: bool,
     /// Between gateway A and the router are simulated network cards.
     pub cards: bool,
+    /// LAN and WAN of the gateways are VLANs, on cables that carry tagged frames.
+    pub vlan: bool,
 }
 
 /// The namespaces, cabled and addressed. All are removed on drop.
@@ -153,6 +155,9 @@ impl Side {
         }
     }
 }
+
+/// The VLAN of all cables with [`Options::vlan`].
+const VLAN: u16 = 5;
 
 /// The attacker's address.
 pub fn attacker(family: Family) -> IpAddr {
@@ -306,9 +311,10 @@ impl Topology {
     fn cable_site(&self, side: Side, options: Options) -> anyhow::Result<()> {
         let (host, gateway) = (self.host(side), self.gateway(side));
         let port = format!("to-{}", side.letter());
-        cable((host, "lan"), (gateway, "lan"))?;
+        let connect = if options.vlan { trunk } else { cable };
+        connect((host, "lan"), (gateway, "lan"))?;
         if self.cards.is_none() || side == Side::B {
-            cable((gateway, "wan"), (&self.router, &port))?;
+            connect((gateway, "wan"), (&self.router, &port))?;
         }
         if !options.host_offload {
             host.exec("ethtool -K lan tx off")?;
@@ -363,6 +369,21 @@ fn cable(left: (&Netns, &str), right: (&Netns, &str)) -> anyhow::Result<()> {
         right.0.name()
     ))?;
     for (netns, interface) in [left, right] {
+        netns.ip(&format!("link set {interface} up"))?;
+    }
+    Ok(())
+}
+
+/// A cable between `NAME-trunk` interfaces, over which the named ones are a VLAN.
+fn trunk(left: (&Netns, &str), right: (&Netns, &str)) -> anyhow::Result<()> {
+    let [below_left, below_right] = [left.1, right.1].map(|name| format!("{name}-trunk"));
+    cable((left.0, &below_left), (right.0, &below_right))?;
+    for ((netns, interface), below) in [(left, below_left), (right, below_right)] {
+        // Tags stand in the frames, where XDP sees them.
+        netns.exec(&format!("ethtool -K {below} txvlan off"))?;
+        netns.ip(&format!(
+            "link add link {below} name {interface} type vlan id {VLAN}"
+        ))?;
         netns.ip(&format!("link set {interface} up"))?;
     }
     Ok(())

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
         [] a_host_that_is_replaced_is_found_again,
         [] an_interface_whose_queue_was_taken_is_tried_again,
+        [] where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets,
         [] a_large_transfer_arrives_whole_in_every_combination_of_families,
     ])
 }
@@ -254,4 +255,40 @@ fn an_interface_whose_queue_was_taken_is_tried_again() -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(200));
     }
     hosts_talk(&topology, V4)
+}
+
+/// With this MTU veth refuses XDP of its own, and what it receives still fits into a frame of AF_XDP.
+const TOO_LONG_FOR_NATIVE: u16 = 3600;
+
+fn where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    for (netns, interfaces) in [
+        (&topology.host_a, &["lan"][..]),
+        (&topology.gateway_a, &["lan", "wan"]),
+        (&topology.router, &["to-a", "to-b"]),
+        (&topology.gateway_b, &["lan", "wan"]),
+        (&topology.host_b, &["lan"]),
+    ] {
+        for interface in interfaces {
+            netns.ip(&format!("link set {interface} mtu {TOO_LONG_FOR_NATIVE}"))?;
+        }
+    }
+    let (a, b) = start_default(&topology)?;
+    need_offload(&a)?;
+    for gateway in [&a, &b] {
+        let interfaces = gateway.status()?.interfaces;
+        let mut shown = interfaces.iter().map(|interface| &interface.fast_path);
+        ensure!(
+            interfaces.len() == 2 && shown.all(|shown| shown.contains("generic XDP")),
+            "{interfaces:?}"
+        );
+    }
+    hosts_talk(&topology, V4)?;
+    for gateway in [&a, &b] {
+        for direction in directions(gateway)? {
+            let (fast, slow) = (direction.fast.packets, direction.slow.packets);
+            ensure!(fast > 20 * slow, "{fast} fast, {slow} slow");
+        }
+    }
+    Ok(())
 }

@@ -20,6 +20,8 @@ fn main() -> ExitCode {
     suite::main(&cases![
         [] plaintext_is_refused_before_and_after_the_daemon_was_killed_and_until_release,
         [] the_guard_alone_refuses_plaintext,
+        [] the_guard_alone_refuses_what_route_based_tunnels_would_answer,
+        [] a_forged_source_leads_into_no_tunnel_past_the_guard,
         [] a_bypassed_prefix_may_come_in_the_clear,
         [] a_tunnel_added_or_removed_by_reload_is_guarded_or_not,
         [] route_based_tunnels_refuse_what_they_would_answer_through_the_tunnel,
@@ -40,9 +42,11 @@ fn injected(topology: &Topology, from: IpAddr, into: &Netns, to: IpAddr) -> anyh
     } else {
         "lo"
     };
+    // An IPv6 address must be good for a socket at once.
+    let nodad = if from.is_ipv6() { "nodad" } else { "" };
     topology
         .attacker
-        .ip(&format!("addr replace {from} dev {at}"))?;
+        .ip(&format!("addr replace {from} dev {at} {nodad}"))?;
     let sender = topology.attacker.run(|| Ok(UdpSocket::bind((from, 0))?))?;
     for _ in 0..PACKETS {
         sender.send_to(b"in the clear", receiver.local_addr()?)?;
@@ -131,6 +135,64 @@ fn the_guard_alone_refuses_plaintext() -> anyhow::Result<()> {
     through(&topology, Side::B.host(V4), true)
 }
 
+/// A tunnel whose plaintext the way back tells, of the site's prefixes or of everything.
+fn route_based(side: Side, any: bool) -> Tunnel {
+    let mut tunnel = Tunnel::between_sites(side, V4).with("routes = \"routed\"");
+    if any {
+        let child = &mut tunnel.children[0];
+        child.local = vec!["0.0.0.0/0".to_owned()];
+        child.remote = vec!["0.0.0.0/0".to_owned()];
+    }
+    tunnel
+}
+
+fn the_guard_alone_refuses_what_route_based_tunnels_would_answer() -> anyhow::Result<()> {
+    for any in [false, true] {
+        let topology = Topology::build(Options::default())?;
+        let a = Gateway::prepare(&topology.gateway_a, "", &[route_based(Side::A, any)])?;
+        a.guard()?;
+        let (from, to) = (Side::B.host(V4), Side::A.inside(V4));
+        through(&topology, from, false)?;
+        let arrived = injected(&topology, from, &topology.gateway_a, to)?;
+        ensure!(arrived == 0, "{arrived} reached the gateway itself");
+        through(&topology, attacker(V4), !any)?;
+        through(&topology, Side::B.host(V6), true).context("nobody protects IPv6")?;
+        a.release()?;
+        through(&topology, from, true)?;
+    }
+    Ok(())
+}
+
+fn a_forged_source_leads_into_no_tunnel_past_the_guard() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    // A network behind host B that the router takes for one behind gateway A, which sends it into the tunnel.
+    let behind = IpAddr::from([10, 9, 0, 1]);
+    topology
+        .host_b
+        .ip(&format!("addr add {behind}/32 dev lo"))?;
+    for (netns, via) in [
+        (&topology.router, Side::A.outside(V4)),
+        (&topology.gateway_b, Side::B.host(V4)),
+    ] {
+        netns.ip(&format!("route add {behind}/32 via {via}"))?;
+    }
+    let (a, _b) = start(
+        &topology,
+        route_based(Side::A, true),
+        route_based(Side::B, true).respond(),
+    )?;
+    hosts_talk(&topology, V4)?;
+    let forged = [10, 2, 0, 77].into();
+    let arrived = injected(&topology, forged, &topology.host_b, behind)?;
+    ensure!(arrived == 0, "{arrived} went through the tunnel");
+    ensure!(a.counter("cleartext")? >= u64::from(PACKETS));
+    let interfaces = a.status()?.interfaces;
+    if interfaces.iter().any(|one| one.fast_path.contains("XDP")) {
+        ensure!(a.counter("slow-guard")? >= u64::from(PACKETS));
+    }
+    Ok(())
+}
+
 fn a_bypassed_prefix_may_come_in_the_clear() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, _b) = start(
@@ -167,17 +229,12 @@ fn a_tunnel_added_or_removed_by_reload_is_guarded_or_not() -> anyhow::Result<()>
 
 fn route_based_tunnels_refuse_what_they_would_answer_through_the_tunnel() -> anyhow::Result<()> {
     for any in [false, true] {
-        let tunnel = |side| {
-            let mut tunnel = Tunnel::between_sites(side, V4).with("routes = \"routed\"");
-            if any {
-                let child = &mut tunnel.children[0];
-                child.local = vec!["0.0.0.0/0".to_owned()];
-                child.remote = vec!["0.0.0.0/0".to_owned()];
-            }
-            tunnel
-        };
         let topology = Topology::build(Options::default())?;
-        let (a, _b) = start(&topology, tunnel(Side::A), tunnel(Side::B).respond())?;
+        let (a, _b) = start(
+            &topology,
+            route_based(Side::A, any),
+            route_based(Side::B, any).respond(),
+        )?;
         through(&topology, Side::B.host(V4), false)?;
         // With 0.0.0.0/0 everything is answered through the tunnel, else only what comes from the other site.
         through(&topology, attacker(V4), !any)?;

@@ -107,8 +107,14 @@ pub(crate) fn run(full: bool, only: &[String]) -> anyhow::Result<()> {
 
 /// The group that runs in a guest.
 const GUEST: &str = "guest";
-/// Suites that need a kernel with ESP.
-const GUEST_SUITES: &[&str] = &["oracle", "kernel_engine", "nic_offload", "transport_mode"];
+/// Suites that need what few kernels of test machines have: ESP, network cards, VLANs.
+const GUEST_SUITES: &[&str] = &[
+    "oracle",
+    "kernel_engine",
+    "nic_offload",
+    "transport_mode",
+    "vlan",
+];
 
 /// Runs the suites that need a kernel with ESP in a guest, or tells why there is none.
 fn run_in_guest(full: bool) -> anyhow::Result<(Count, bool)> {

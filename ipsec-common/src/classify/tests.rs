@@ -9,7 +9,7 @@ use super::*;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const ESP: &[u8] = &[0, 0, 1, 2, 0, 0, 0, 9, 7, 7, 7, 7];
 
-fn ethernet(tags: &[(u16, u16)], ethertype: u16, packet: &[u8]) -> Vec<u8> {
+pub(super) fn ethernet(tags: &[(u16, u16)], ethertype: u16, packet: &[u8]) -> Vec<u8> {
     let mut frame = [MAC, [2, 0, 0, 0, 0, 2]].concat();
     for (kind, id) in tags {
         frame.extend(kind.to_be_bytes());
@@ -20,7 +20,7 @@ fn ethernet(tags: &[(u16, u16)], ethertype: u16, packet: &[u8]) -> Vec<u8> {
     frame
 }
 
-fn v4(protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn v4(protocol: u8, payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
     let mut packet = vec![
         0x45, 0, length[0], length[1], 0, 0, 0x40, 0, 64, protocol, 0, 0,
@@ -40,7 +40,7 @@ fn v6(next_header: u8, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-fn udp(port: u16, payload: &[u8]) -> Vec<u8> {
+pub(super) fn udp(port: u16, payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(8 + payload.len()).unwrap();
     let mut datagram = [9999, port, length, 0].map(u16::to_be_bytes).concat();
     datagram.extend(payload);

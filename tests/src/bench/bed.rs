@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use ipsec_common::maps::{Settings, TunnelEntry};
 use ipsec_ctl::{
     dataplane::{
         seam::Direction,
@@ -104,7 +105,10 @@ impl Bed {
         let mut program = Program::load(&instance)?;
         let words = WordsArray::of_bpf_array(program.words()?, ipsec_common::maps::SA_SLOTS)?;
         let tables = Arc::new(Tables::new(words));
-        program.set_settings(4500, 0)?;
+        program.set_settings(Settings {
+            nat_port: 4500,
+            ..Settings::default()
+        })?;
         let (lan, wan) = (queue("lan0")?, queue("wan0")?);
         let mut attached = AttachMode::Native;
         for at in [lan, wan] {
@@ -153,7 +157,12 @@ impl Bed {
         for number in bed.numbers() {
             let device = nix::net::if_::if_nametoindex(format!("tun{number}").as_str())?;
             bed.tables.set_tunnel(&tunnel(number, false), device, MTU);
-            bed.program.set_tunnel(device, MTU.into(), true)?;
+            let entry = TunnelEntry {
+                mtu: MTU.into(),
+                offloaded: 1,
+                wary: 0,
+            };
+            bed.program.set_tunnel(device, entry)?;
         }
         bed.renew(Direction::Outbound)?;
         bed.renew(Direction::Inbound)?;

@@ -17,7 +17,7 @@ const PROGRAM: &str = "generate";
 const LOOPBACK: u32 = 1;
 
 /// A list of frames and the program that sends them.
-pub(super) struct Generator {
+pub(crate) struct Generator {
     ebpf: Ebpf,
     course: Array<MapData, Course>,
     frames: u32,
@@ -31,7 +31,7 @@ impl Generator {
     /// # Errors
     ///
     /// The program was not built, or the kernel refuses it.
-    pub(super) fn new(egress: u32, frames: &[Vec<u8>]) -> anyhow::Result<Self> {
+    pub(crate) fn new(egress: u32, frames: &[Vec<u8>]) -> anyhow::Result<Self> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/ipsec-generator.o");
         let object = std::fs::read(&path)
             .with_context(|| format!("{}: run `cargo xtask build --debug`", path.display()))?;
@@ -71,7 +71,7 @@ impl Generator {
     /// # Errors
     ///
     /// The kernel refuses.
-    pub(super) fn start(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn start(&mut self) -> anyhow::Result<()> {
         if self.parked.is_none() {
             let program = program(&mut self.ebpf)?;
             self.parked = Some(program.attach_to_if_index(LOOPBACK, XdpMode::Skb)?);
@@ -90,7 +90,7 @@ impl Generator {
     /// # Errors
     ///
     /// The kernel refuses.
-    pub(super) fn stop(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn stop(&mut self) -> anyhow::Result<()> {
         if let Some(link) = self.parked.take() {
             program(&mut self.ebpf)?.detach(link)?;
         }
@@ -102,7 +102,7 @@ impl Generator {
     /// # Errors
     ///
     /// The kernel has no live frames (before Linux 5.18), or is out of memory.
-    pub(super) fn send(&mut self, count: u32) -> anyhow::Result<()> {
+    pub(crate) fn send(&mut self, count: u32) -> anyhow::Result<()> {
         let blank = [0; BLANK_BYTES];
         let options = TestRunOptions {
             data_in: Some(&blank),

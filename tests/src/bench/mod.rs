@@ -6,7 +6,7 @@
 
 mod bed;
 mod cores;
-mod generator;
+pub(crate) mod generator;
 mod ike;
 mod ike_end;
 mod latency;

@@ -365,6 +365,7 @@ impl Inner {
         sa.card = card.map(|card| card.device);
         if direction == Direction::Inbound {
             self.lodge.pass(spec.spi, spec.outer.local);
+            self.lodge.know_peer(spec.outer.remote);
         }
         all.sas.insert(spec.id, sa);
         if direction == Direction::Outbound

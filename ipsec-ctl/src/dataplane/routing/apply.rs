@@ -1,10 +1,13 @@
 //! Bringing the kernel to what is planned, and taking it all away again.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use super::{
     RoutingSpec,
-    guard::{self, Guarded},
+    guard::{self, Guarded, Protected},
     plan::{self, Kernel, MAIN, Plan, Wants},
 };
 use crate::net::{
@@ -187,6 +190,7 @@ impl Routing {
             .values()
             .map(|entry| Guarded {
                 device: &entry.name,
+                is_there: entry.device.is_some(),
                 spec: &entry.spec,
             })
             .collect();
@@ -218,6 +222,15 @@ impl Routing {
                 }
             }
         }
+    }
+
+    /// Devices of tunnels that may take packets whose source a tunnel protects.
+    pub fn wary(&self) -> BTreeSet<u32> {
+        let protected = Protected::by(self.tunnels.values().map(|entry| &entry.spec));
+        let wary = self.tunnels.values();
+        wary.filter(|entry| protected.meets(&entry.spec))
+            .filter_map(|entry| entry.device)
+            .collect()
     }
 
     /// Sees to it that the plaintext guard is still there. To be called now and then.

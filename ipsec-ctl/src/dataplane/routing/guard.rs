@@ -18,6 +18,8 @@ use crate::net::netfilter::guard::{Guard, Pair, Range};
 pub struct Guarded<'a> {
     /// Name of its device.
     pub device: &'a str,
+    /// Whether the device is there: before, only backstops stand behind what it protects.
+    pub is_there: bool,
     /// What it protects.
     pub spec: &'a RoutingSpec,
 }
@@ -26,6 +28,7 @@ pub struct Guarded<'a> {
 pub fn guard(tunnels: &[Guarded<'_>], ports: [u16; 2]) -> Guard {
     let by_route = tunnels.iter().filter(|tunnel| is_by_route(tunnel.spec));
     Guard {
+        without_devices: by_route.clone().any(|tunnel| !tunnel.is_there),
         tunnels: tunnels
             .iter()
             .map(|tunnel| tunnel.device.to_owned())
@@ -34,6 +37,39 @@ pub fn guard(tunnels: &[Guarded<'_>], ports: [u16; 2]) -> Guard {
         v4: pairs(tunnels, false, v4),
         v6: pairs(tunnels, true, Ipv6Addr::from_bits),
         ports,
+    }
+}
+
+/// What all tunnels protect of the addresses that packets may come from.
+#[derive(Debug)]
+pub struct Protected {
+    v4: Vec<Span>,
+    v6: Vec<Span>,
+}
+
+impl Protected {
+    /// By these tunnels.
+    pub fn by<'a>(tunnels: impl Iterator<Item = &'a RoutingSpec> + Clone) -> Self {
+        let remote = tunnels
+            .filter(|spec| spec.mode != RoutesMode::Manual)
+            .flat_map(|spec| &spec.remote);
+        Self {
+            v4: spans(remote.clone(), false),
+            v6: spans(remote, true),
+        }
+    }
+
+    /// Whether a packet may go into a tunnel by its own selectors though another one, or the same, protects its source: the
+    /// XDP program, whose packets the table does not see, then asks for the way back first.
+    pub fn meets(&self, tunnel: &RoutingSpec) -> bool {
+        [(false, &self.v4), (true, &self.v6)]
+            .into_iter()
+            .any(|(v6, protected)| {
+                spans(&tunnel.local, v6).iter().any(|(first, last)| {
+                    let at = protected.partition_point(|(_, end)| end < first);
+                    protected.get(at).is_some_and(|(start, _)| start <= last)
+                })
+            })
     }
 }
 
@@ -173,6 +209,7 @@ mod tests {
             .iter()
             .map(|spec| Guarded {
                 device: "tunnel",
+                is_there: true,
                 spec,
             })
             .collect();
@@ -258,6 +295,65 @@ mod tests {
         let guard = guard_of(&[&manual]);
         assert!(guard.is_empty());
         assert_eq!(guard.tunnels.len(), 1);
+    }
+
+    #[test]
+    fn while_a_device_is_not_there_what_has_no_way_back_is_refused() {
+        let without = |mode, is_there| {
+            let spec = spec(mode, &["10.2.0.0/24"], &["10.1.0.0/24"], &[]);
+            let tunnel = Guarded {
+                device: "tunnel",
+                is_there,
+                spec: &spec,
+            };
+            guard(&[tunnel], [500, 4500]).without_devices
+        };
+        assert!(without(RoutesMode::Routed, false));
+        assert!(!without(RoutesMode::Routed, true));
+        assert!(
+            !without(RoutesMode::Selectors, false),
+            "the addresses decide"
+        );
+    }
+
+    #[test]
+    fn the_way_back_matters_where_a_tunnel_takes_sources_that_another_protects() {
+        let one = spec(
+            RoutesMode::Selectors,
+            &["10.2.0.0/24"],
+            &["10.1.0.0/24"],
+            &[],
+        );
+        let other = spec(
+            RoutesMode::Selectors,
+            &["10.3.0.0/24"],
+            &["10.1.0.0/24"],
+            &[],
+        );
+        assert!(!Protected::by([&one, &other].into_iter()).meets(&one));
+        let any = spec(RoutesMode::Selectors, &["0.0.0.0/0"], &["0.0.0.0/0"], &[]);
+        assert!(Protected::by([&any].into_iter()).meets(&any));
+        assert!(Protected::by([&any, &one].into_iter()).meets(&any));
+        assert!(Protected::by([&any, &one].into_iter()).meets(&one));
+        let hub = spec(
+            RoutesMode::Selectors,
+            &["10.2.0.0/24"],
+            &["10.0.0.0/8"],
+            &[],
+        );
+        assert!(Protected::by([&hub, &other].into_iter()).meets(&hub));
+        let manual = spec(RoutesMode::Manual, &["0.0.0.0/0"], &["0.0.0.0/0"], &[]);
+        assert!(
+            !Protected::by([&manual].into_iter()).meets(&manual),
+            "nothing is protected"
+        );
+        let v6 = spec(
+            RoutesMode::Selectors,
+            &["2001:db8::/32"],
+            &["2001:db9::/32"],
+            &[],
+        );
+        assert!(!Protected::by([&one, &v6].into_iter()).meets(&one));
     }
 
     fn prefix() -> impl Strategy<Value = IpNet> {

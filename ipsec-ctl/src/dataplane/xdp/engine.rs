@@ -227,12 +227,16 @@ impl Engine {
                 }
                 Ok(None)
             }
-            Command::SendIke(datagram) => inner
-                .slow
-                .sockets
-                .send_ike(&datagram)
-                .map(|()| None)
-                .map_err(|error| Rejected::by_kernel("send an IKE message", &error)),
+            Command::SendIke(datagram) => {
+                // Before the answer can come.
+                inner.fast().know_ike(&datagram.bytes);
+                inner
+                    .slow
+                    .sockets
+                    .send_ike(&datagram)
+                    .map(|()| None)
+                    .map_err(|error| Rejected::by_kernel("send an IKE message", &error))
+            }
             Command::SetCarrier(id, on) => {
                 let device = inner.slow.devices.get(id).ok_or(Rejected::UnknownTunnel)?;
                 device
@@ -390,7 +394,13 @@ impl Inner {
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
-        let changed = self.fast().set_tunnel(&tunnel, spec.fast_path);
+        let changed = {
+            let mut fast = self.fast();
+            for peer in &spec.routing.peers {
+                fast.know_peer(*peer);
+            }
+            fast.set_tunnel(&tunnel, spec.fast_path)
+        };
         self.report(changed);
         control
             .tunnels
@@ -425,7 +435,9 @@ impl Inner {
             self.slow.release(spec.tunnel);
         }
         let inbound = self.tables.inbound_by_id(spec.id);
-        Ok(self.fast().install(spec.id, spec.tunnel, inbound))
+        let mut fast = self.fast();
+        fast.know_peer(spec.outer.remote);
+        Ok(fast.install(spec.id, spec.tunnel, inbound))
     }
 
     fn fast(&self) -> MutexGuard<'_, FastPaths> {
@@ -545,6 +557,7 @@ impl Inner {
         if let Err(error) = control.routing.apply().await {
             tracing::warn!(%error, "routes are incomplete");
         }
+        self.fast().set_wary(&control.routing.wary());
         let unreachable = control.routing.unreachable().to_vec();
         let tunnels: Vec<_> = control
             .tunnels

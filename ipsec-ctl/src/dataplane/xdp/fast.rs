@@ -3,13 +3,18 @@
 //! All of it may fail without harm: what has no fast path takes the slow one, and the ledger says why.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use ipsec_common::{Reason, Spi, maps::VlanKey};
+use ipsec_common::{
+    Reason, Spi,
+    classify::ike,
+    maps::{Settings, TunnelEntry, VlanKey},
+};
 
 use super::{
     af_xdp::socket::CopyMode,
@@ -32,6 +37,14 @@ use crate::{
 
 /// Packets of unknown SPIs that each CPU passes in a second, to be reported.
 const UNKNOWN_SPI_PER_SECOND: u32 = 10;
+/// Datagrams that one source sends to the IKE ports in a second before it has an IKE SA: many peers behind one NAT that all
+/// begin at once, and more than one peer ever sends.
+const IKE_PER_SOURCE: u32 = 50;
+/// Those that a peer may send which is configured or has been up: it may begin with a thousand tunnels at once.
+const IKE_PER_PEER: u32 = 2000;
+/// Datagrams of strangers in a second in all, first ones and later ones each: what the daemon answers with a part of one
+/// processor.
+const IKE_PER_SECOND: u32 = 2000;
 
 /// What is decided about tunnels and SAs, whether there is a fast path or not.
 pub struct FastPaths {
@@ -46,6 +59,8 @@ pub struct FastPaths {
 struct Carried {
     tunnel: Arc<Tunnel>,
     fast_path: FastPath,
+    /// Whether the way back of its packets is looked at; so until it is known that there is no need.
+    wary: bool,
 }
 
 /// An SA and what was decided about it last.
@@ -72,6 +87,7 @@ impl FastPaths {
         let carried = Carried {
             tunnel: Arc::clone(tunnel),
             fast_path,
+            wary: true,
         };
         if let Some(old) = self.tunnels.insert(tunnel.id, carried)
             && old.tunnel.ifindex != tunnel.ifindex
@@ -90,9 +106,28 @@ impl FastPaths {
             return;
         };
         let offloaded = is_offloaded(self.decide(carried.fast_path));
-        let (ifindex, mtu) = (carried.tunnel.ifindex, carried.tunnel.mtu());
+        let entry = TunnelEntry {
+            mtu: carried.tunnel.mtu().into(),
+            offloaded: offloaded.into(),
+            wary: carried.wary.into(),
+        };
+        let ifindex = carried.tunnel.ifindex;
         if let Some(carrier) = &mut self.carrier {
-            complain(carrier.program.set_tunnel(ifindex, mtu.into(), offloaded));
+            complain(carrier.program.set_tunnel(ifindex, entry));
+        }
+    }
+
+    /// Has the way back looked at for packets into these devices only.
+    pub fn set_wary(&mut self, devices: &BTreeSet<u32>) {
+        let mut changed = Vec::new();
+        for (id, carried) in &mut self.tunnels {
+            let wary = devices.contains(&carried.tunnel.ifindex);
+            if std::mem::replace(&mut carried.wary, wary) != wary {
+                changed.push(*id);
+            }
+        }
+        for id in changed {
+            self.enter_tunnel(id);
         }
     }
 
@@ -242,6 +277,20 @@ impl FastPaths {
         }
     }
 
+    /// Notes that IKE from an address may be a peer's: it does not compete with what strangers send.
+    pub fn know_peer(&mut self, peer: IpAddr) {
+        if let Some(carrier) = &mut self.carrier {
+            complain(carrier.program.know_peer(peer));
+        }
+    }
+
+    /// Notes whose answers an IKE message that we send is waiting for.
+    pub fn know_ike(&mut self, message: &[u8]) {
+        if let (Some(carrier), Some(spi)) = (&mut self.carrier, ike::own_spi(message)) {
+            complain(carrier.program.know_ike(spi));
+        }
+    }
+
     /// Packets that the program and the workers counted.
     pub fn count(&self, reason: Reason) -> u64 {
         self.carrier
@@ -334,7 +383,16 @@ impl Carrier {
         resolver: Resolver,
         exit: Arc<SlowPath>,
     ) -> Result<Self, ProgramError> {
-        program.set_settings(config.nat_port, UNKNOWN_SPI_PER_SECOND)?;
+        program.set_settings(Settings {
+            unknown_spi_per_second: UNKNOWN_SPI_PER_SECOND,
+            nat_port: config.nat_port,
+            ike_port: config.ike_port,
+            ike_per_source: IKE_PER_SOURCE,
+            ike_per_peer: IKE_PER_PEER,
+            ike_per_second: IKE_PER_SECOND,
+            padding: 0,
+            seed: RandomState::new().hash_one(()),
+        })?;
         Ok(Self {
             program,
             fleet: None,

@@ -22,6 +22,7 @@ use aya::{
 };
 use ipsec_common::{
     Reason, Spi,
+    classify::ike::IkeSpi,
     maps::{
         ABI, Header, InboundEntry, InboundKey, LinkEntry, MappedAddress, SOCKET_SLOTS, Settings,
         TunnelEntry, VlanKey, mapped,
@@ -107,6 +108,8 @@ pub struct Program {
     vlans: HashMap<MapData, VlanKey, u32>,
     sockets: XskMap<MapData>,
     counters: PerCpuArray<MapData, u64>,
+    ike_peers: HashMap<MapData, MappedAddress, u32>,
+    ike_spis: HashMap<MapData, IkeSpi, u32>,
     words: MapData,
     /// Interfaces and their elements of the XSKMAP: first and number.
     regions: BTreeMap<u32, (u32, u32)>,
@@ -114,7 +117,7 @@ pub struct Program {
 
 impl Program {
     /// Loads the program, or takes over what a process of this instance left pinned. SAs, tunnels, addresses and VLANs of
-    /// that process are forgotten, its attachments and counters stay.
+    /// that process are forgotten; its attachments, its counters and whose IKE it knew stay.
     ///
     /// # Errors
     ///
@@ -130,6 +133,8 @@ impl Program {
             remove_files(&folder).map_err(refused("remove pins of another version"))?;
         }
         let mut ebpf = EbpfLoader::new()
+            // The program looks into no structure of the kernel, so that one without /sys/kernel/btf takes it as well.
+            .btf(None)
             .default_map_pin_directory(&folder)
             .load(OBJECT)
             .map_err(refused("load the maps of the XDP program"))?;
@@ -154,6 +159,8 @@ impl Program {
             vlans: typed(&mut ebpf, "VLANS")?,
             sockets: typed(&mut ebpf, "SOCKETS")?,
             counters: typed(&mut ebpf, "COUNTERS")?,
+            ike_peers: typed(&mut ebpf, "IKE_PEERS")?,
+            ike_spis: typed(&mut ebpf, "IKE_SPIS")?,
             words,
             regions: BTreeMap::new(),
             ebpf,
@@ -306,24 +313,37 @@ impl Program {
         let _ = self.links.remove(&ifindex);
     }
 
-    /// Sets the UDP port of encapsulated ESP, and how many packets of unknown SPIs a CPU passes in a second.
+    /// Sets ports and limits.
     ///
     /// # Errors
     ///
     /// The kernel refused.
-    pub fn set_settings(
-        &mut self,
-        nat_port: u16,
-        unknown_spi_per_second: u32,
-    ) -> Result<(), ProgramError> {
-        let settings = Settings {
-            unknown_spi_per_second,
-            nat_port,
-            padding: 0,
-        };
+    pub fn set_settings(&mut self, settings: Settings) -> Result<(), ProgramError> {
         self.settings
             .set(0, settings, 0)
             .map_err(refused("write the settings"))
+    }
+
+    /// Notes that IKE from this address may be a peer's.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub fn know_peer(&mut self, peer: IpAddr) -> Result<(), ProgramError> {
+        self.ike_peers
+            .insert(mapped(peer), 1, 0)
+            .map_err(refused("enter a peer"))
+    }
+
+    /// Notes an SPI of ours of an IKE SA.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub fn know_ike(&mut self, spi: IkeSpi) -> Result<(), ProgramError> {
+        self.ike_spis
+            .insert(spi, 1, 0)
+            .map_err(refused("enter an IKE SA"))
     }
 
     /// Enters or changes an inbound SA.
@@ -358,16 +378,7 @@ impl Program {
     /// # Errors
     ///
     /// The kernel refused, or the map is full.
-    pub fn set_tunnel(
-        &mut self,
-        ifindex: u32,
-        mtu: u32,
-        offloaded: bool,
-    ) -> Result<(), ProgramError> {
-        let entry = TunnelEntry {
-            mtu,
-            offloaded: u32::from(offloaded),
-        };
+    pub fn set_tunnel(&mut self, ifindex: u32, entry: TunnelEntry) -> Result<(), ProgramError> {
         self.tunnels
             .insert(ifindex, entry, 0)
             .map_err(refused("enter a tunnel"))

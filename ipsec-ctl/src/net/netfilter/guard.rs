@@ -39,6 +39,9 @@ pub struct Guard {
     pub tunnels: BTreeSet<String>,
     /// Devices to which no route may lead back from what arrives elsewhere.
     pub routed: BTreeSet<String>,
+    /// Whether nothing may arrive elsewhere either to whose source no route leads back: the devices are not there yet, and
+    /// what stands in their place is a route that leads nowhere.
+    pub without_devices: bool,
     /// What arrives at the devices of tunnels only.
     pub v4: Vec<Pair<Ipv4Addr>>,
     /// The same for IPv6.
@@ -306,6 +309,7 @@ fn list(elements: Vec<Attributes>) -> Attributes {
 fn rules(guard: &Guard) -> Vec<(&'static str, Vec<Attributes>)> {
     const IPV4: u8 = 2;
     const IPV6: u8 = 10;
+    const UNICAST: u32 = 1;
     const LOCAL: u32 = 2;
     const ESP: u8 = 50;
     const UDP: u8 = 17;
@@ -358,6 +362,20 @@ fn rules(guard: &Guard) -> Vec<(&'static str, Vec<Attributes>)> {
         ),
         (EXEMPT, [&protocol(ESP)[..], &[accept()]].concat()),
     ];
+    if guard.without_devices {
+        // To us and to be forwarded: a broadcast may come from who has no address yet.
+        for kind in [LOCAL, UNICAST] {
+            let nowhere = vec![
+                fib(DESTINATION, FIB_TYPE),
+                compare(true, &kind.to_ne_bytes()),
+                fib(SOURCE, FIB_INDEX),
+                compare(true, &[0; 4]),
+                count(),
+                drop(),
+            ];
+            rules.push((CHAIN, nowhere));
+        }
+    }
     for port in guard.ports {
         let port = [
             transport(2, 2),
@@ -396,6 +414,7 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const SOURCE: u32 = 1;
 const DESTINATION: u32 = 2;
+const FIB_INDEX: u32 = 1;
 const FIB_NAME: u32 = 2;
 const FIB_TYPE: u32 = 3;
 

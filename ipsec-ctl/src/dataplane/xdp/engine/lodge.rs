@@ -54,6 +54,9 @@ impl Lodge {
         ifindex: u32,
         routing: &RoutingSpec,
     ) -> Result<(), Rejected> {
+        for peer in &routing.peers {
+            self.0.fast().know_peer(*peer);
+        }
         let mut control = self.0.control.lock().await;
         control.routing.set(id.0, device, Some(ifindex), routing);
         // At once: the first packet may come before the keeper does.
@@ -66,6 +69,11 @@ impl Lodge {
     pub async fn remove_routes(&self, id: TunnelId) {
         self.0.control.lock().await.routing.remove(id.0);
         self.0.dirty.notify_one();
+    }
+
+    /// Lets IKE from an address pass, as that of a peer that is up.
+    pub fn know_peer(&self, peer: IpAddr) {
+        self.0.fast().know_peer(peer);
     }
 
     /// Lets the ESP of an inbound SA pass to the kernel: the program does not take it for that of a stranger, nor does the

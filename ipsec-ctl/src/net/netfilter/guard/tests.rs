@@ -34,6 +34,7 @@ fn the_table_is_made_replaced_and_removed() {
         let guard = Guard {
             tunnels: ["one".to_owned()].into(),
             routed: ["two".to_owned()].into(),
+            without_devices: true,
             v4: vec![pair([10, 2, 0, 0], [10, 1, 0, 0])],
             v6: vec![Pair {
                 source: Range {
