@@ -32,7 +32,11 @@ pub struct SaWords {
     pub hard_bytes: AtomicU64,
     /// Seconds of CLOCK_MONOTONIC when the SA last carried a packet, for liveness checks.
     pub last_used: AtomicU64,
-    reserved: [AtomicU64; 6],
+    /// Which SA counts here, as a digest of its keys: who comes after a crash goes on with no other. Zero is none.
+    pub tag: [AtomicU64; 2],
+    /// In the first element only: second of CLOCK_MONOTONIC when the array was made.
+    pub array_since: AtomicU64,
+    reserved: [AtomicU64; 3],
     /// The replay window of an inbound SA.
     pub replay: [AtomicU64; REPLAY_WORDS],
 }
@@ -65,7 +69,9 @@ impl Default for SaWords {
             hard_packets: zero(),
             hard_bytes: zero(),
             last_used: zero(),
-            reserved: [const { AtomicU64::new(0) }; 6],
+            tag: [const { AtomicU64::new(0) }; 2],
+            array_since: zero(),
+            reserved: [const { AtomicU64::new(0) }; 3],
             replay: [const { AtomicU64::new(0) }; REPLAY_WORDS],
         }
     }

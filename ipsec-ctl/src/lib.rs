@@ -11,6 +11,7 @@ pub mod dataplane;
 pub mod esp;
 pub mod ike;
 pub mod net;
+pub mod wiped;
 
 #[cfg(test)]
 #[path = "../tests/support/skip.rs"]

@@ -193,7 +193,16 @@ impl<'a> Gateway<'a> {
     ///
     /// The files cannot be written.
     pub fn prepare(netns: &'a Netns, top: &str, tunnels: &[Tunnel]) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("ipx-gateway-").tempdir()?;
+        // A daemon keeps its journal beside its control socket, in memory only.
+        let memory = Path::new("/dev/shm");
+        let folders = if memory.is_dir() {
+            memory.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        let folder = tempfile::Builder::new()
+            .prefix("ipx-gateway-")
+            .tempdir_in(folders)?;
         let gateway = Self {
             netns,
             folder,
@@ -457,8 +466,21 @@ impl<'a> Gateway<'a> {
     ///
     /// It was not running, or does not end.
     pub fn stop(&mut self) -> anyhow::Result<ExitStatus> {
+        self.end(Signal::SIGTERM)
+    }
+
+    /// Ends the daemon with SIGUSR1, so that it leaves its tunnels to the next one.
+    ///
+    /// # Errors
+    ///
+    /// It was not running, or does not end.
+    pub fn leave(&mut self) -> anyhow::Result<ExitStatus> {
+        self.end(Signal::SIGUSR1)
+    }
+
+    fn end(&mut self, signal: Signal) -> anyhow::Result<ExitStatus> {
         let mut child = self.child.take().context("the daemon is not running")?;
-        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
+        kill(Pid::from_raw(i32::try_from(child.id())?), signal)?;
         let ended = wait_for("ipsec-ctl to end", Duration::from_secs(10), || {
             Ok(child.try_wait()?)
         });
@@ -522,6 +544,11 @@ impl<'a> Gateway<'a> {
         self.child = None;
         self.kept = true;
         self.folder.disable_cleanup(true);
+    }
+
+    /// Path of the journal of its daemon.
+    pub fn journal(&self) -> PathBuf {
+        self.socket().with_extension("journal")
     }
 
     fn file(&self, name: &str) -> PathBuf {

@@ -9,6 +9,8 @@ use crate::{setup::step, setup::toolchain::tools};
 /// All namespaces and instances of tests and demos are named so.
 const PREFIX: &str = "ipx-";
 const NAMESPACES: &str = "/run/netns";
+/// Gateways of tests keep their files here.
+const MEMORY: &str = "/dev/shm";
 const PINS: &str = "/sys/fs/bpf/ipsec-xdp";
 
 pub(crate) fn run(with_tools: bool) -> anyhow::Result<()> {
@@ -18,6 +20,11 @@ pub(crate) fn run(with_tools: bool) -> anyhow::Result<()> {
             Command::new("ip").args(["netns", "del", &name]),
             "remove a namespace",
         )?;
+    }
+    for name in ours(MEMORY) {
+        let folder = Path::new(MEMORY).join(name);
+        eprintln!("removing {}", folder.display());
+        fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
     }
     for name in ours(PINS) {
         let folder = Path::new(PINS).join(name);

@@ -51,6 +51,8 @@ const GROUPS: &[Group] = &[
             "--test",
             "fail_closed",
             "--test",
+            "restarts",
+            "--test",
             "plaintext",
             "--test",
             "attacker",

@@ -6,6 +6,7 @@ use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use ipsec_common::TrafficSelector;
+use serde::{Deserialize, Serialize};
 
 use super::{
     schema::{DpdMode, Nat, OnDead, SysctlSetting, Unique},
@@ -167,7 +168,7 @@ pub enum Peer {
 }
 
 /// One place where a peer may be.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Host {
     /// At this address.
     Address(IpAddr),

@@ -238,14 +238,14 @@ pub(super) fn packet(flow: &Flow) -> (TrafficSelector, TrafficSelector) {
 /// Time that the data plane gives an SA beyond its lifetime, within which a daemon that lives has removed it.
 const OVERTIME: Duration = Duration::from_secs(10);
 
-/// What the data plane is told of one direction of a pair of SAs that was negotiated at `now` (seconds of CLOCK_MONOTONIC).
+/// What the data plane is told of one direction of a pair of SAs that was negotiated at `since` (seconds of CLOCK_MONOTONIC).
 pub(super) fn sa_spec(
     tunnel: TunnelId,
     child: &Child,
     up: &ChildUp,
     id: SaId,
     direction: Direction,
-    now: u64,
+    since: u64,
 ) -> SaSpec {
     let esn = up.suite.esn == Esn::Yes;
     let (spi, key) = match direction {
@@ -271,7 +271,7 @@ pub(super) fn sa_spec(
             remote: up.remote.clone(),
         },
         lifetime: Lifetime {
-            expires: Some(now.saturating_add((child.lifetime + OVERTIME).as_secs())),
+            expires: Some(since.saturating_add((child.lifetime + OVERTIME).as_secs())),
             ..volume(child.lifetime_packets, child.lifetime_bytes, esn)
         },
     }

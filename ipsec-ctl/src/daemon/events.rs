@@ -16,13 +16,14 @@ use super::{
 };
 use crate::{
     dataplane::{
-        seam::{self, Direction, LifetimeKind, SaId, TunnelId},
+        seam::{self, Before, Direction, LifetimeKind, SaId, TunnelId},
         xdp::slow::monotonic_seconds,
     },
     ike::{
         config::{ChildName, PeerId},
         event::{ChildSaId, ChildUp, Command, DownReason, Event, Failure, IkeUp},
         negotiate::selectors,
+        time::Time,
     },
 };
 
@@ -149,6 +150,11 @@ impl Gateway {
         }
     }
 
+    /// The second of CLOCK_MONOTONIC at a time of the endpoint.
+    fn monotonic(&self, at: Time) -> u64 {
+        monotonic_seconds().saturating_sub((self.now() - at).as_secs())
+    }
+
     async fn child_up(&mut self, up: ChildUp) {
         let id = tunnel_of(up.peer);
         let (inbound, outbound) = (self.tunnels.new_sa(), self.tunnels.new_sa());
@@ -161,13 +167,14 @@ impl Gateway {
         }) else {
             return;
         };
-        let now = monotonic_seconds();
+        let since = self.monotonic(up.since);
         let [ours, theirs] = [
-            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound, now),
-            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound, now),
+            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound, since),
+            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound, since),
         ];
         let (tunnel, child) = (self.name_of(up.peer), config.name.clone());
-        self.install(ours, &tunnel, &child).await;
+        self.install((up.sa, since), ours.clone(), &tunnel, &child)
+            .await;
         info!(
             tunnel,
             child,
@@ -182,29 +189,43 @@ impl Gateway {
         );
         let pair = SaPair {
             child: up.child,
-            inbound,
-            outbound,
+            ours,
+            theirs,
             spi_in: up.spi_in,
             spi_out: up.spi_out,
             suite: up.suite,
             local: up.local,
             remote: up.remote,
             outer: up.outer,
-            since: self.now(),
-            sends: Sends::NotYet(Box::new(theirs)),
+            since: up.since,
+            sends: Sends::NotYet,
         };
         self.tunnels.installed(id, up.sa, pair);
         self.set_carrier(id).await;
     }
 
-    async fn install(&mut self, spec: seam::SaSpec, tunnel: &str, child: &str) {
-        match self
-            .engine
-            .command(seam::Command::Install(Box::new(spec)))
-            .await
-        {
+    /// Installs an SA of a pair that was negotiated at that second of CLOCK_MONOTONIC.
+    async fn install(
+        &mut self,
+        (sa, since): (ChildSaId, u64),
+        spec: seam::SaSpec,
+        tunnel: &str,
+        child: &str,
+    ) {
+        let command = match self.in_doubt {
+            // The daemon before this one may have installed it, and the data plane used it.
+            Some(_) => seam::Command::Resume(Box::new(spec), Before::InDoubt(since)),
+            None => seam::Command::Install(Box::new(spec)),
+        };
+        match self.engine.command(command).await {
             Ok(Some(ledger)) => self.tunnels.note_ledger(ledger),
             Ok(None) => {}
+            Err(cause) if self.in_doubt.is_some() => {
+                debug!(tunnel, child, %cause, "what was begun cannot be ended");
+                self.in_doubt.iter_mut().for_each(|lost| {
+                    lost.insert(sa);
+                });
+            }
             Err(cause) => warn!(tunnel, child, %cause, "an SA could not be installed"),
         }
     }
@@ -213,14 +234,15 @@ impl Gateway {
     async fn use_outbound(&mut self, sa: ChildSaId) {
         let spec = self.tunnels.pair_mut(sa).and_then(|(id, pair)| {
             match std::mem::replace(&mut pair.sends, Sends::Now) {
-                Sends::NotYet(spec) => Some((id, pair.child, *spec)),
+                Sends::NotYet => Some((id, pair.child, pair.since, pair.theirs.clone())),
                 Sends::Now | Sends::NoMore => None,
             }
         });
-        if let Some((id, child, spec)) = spec {
+        if let Some((id, child, since, spec)) = spec {
             let peer = PeerId(id.0);
             let (tunnel, child) = (self.name_of(peer), self.child_name(peer, child));
-            self.install(spec, &tunnel, &child).await;
+            let since = self.monotonic(since);
+            self.install((sa, since), spec, &tunnel, &child).await;
         }
     }
 
@@ -230,13 +252,13 @@ impl Gateway {
             return;
         };
         pair.sends = Sends::NoMore;
-        let outbound = pair.outbound;
+        let outbound = pair.theirs.id;
         self.remove(outbound).await;
     }
 
     async fn uninstall(&self, pair: &SaPair) {
-        self.remove(pair.outbound).await;
-        self.remove(pair.inbound).await;
+        self.remove(pair.theirs.id).await;
+        self.remove(pair.ours.id).await;
     }
 
     async fn remove(&self, sa: SaId) {
@@ -261,12 +283,9 @@ impl Gateway {
             return;
         };
         pair.outer = outer;
-        let mut installed = vec![pair.inbound];
-        match &mut pair.sends {
-            Sends::NotYet(spec) => spec.outer = convert::outer(&outer),
-            Sends::Now => installed.push(pair.outbound),
-            Sends::NoMore => {}
-        }
+        pair.ours.outer = convert::outer(&outer);
+        pair.theirs.outer = convert::outer(&outer);
+        let installed: Vec<SaId> = pair.installed().map(|spec| spec.id).collect();
         let tunnel = self.name_of(PeerId(id.0));
         info!(tunnel, local = %outer.local, peer = %outer.remote, udp = outer.encapsulated, "an SA pair has other addresses");
         self.note_where_peers_are(id).await;

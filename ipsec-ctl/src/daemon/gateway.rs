@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::time::{ClockId, clock_gettime};
+
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -17,23 +19,25 @@ use tracing::{error, info, warn};
 use super::{
     convert,
     jobs::Pool,
+    journal::{Journal, Owner},
     paths::Paths,
     peers::{Found, Lookups},
     reload::{Asker, Read, Reader},
+    restore::{Left, Sorted},
     supervise::{PlaneError, Supervisor},
-    tunnels::Tunnels,
+    tunnels::{Names, Tunnels},
 };
 use crate::{
     api::{Request, server::ServerError},
     config::{Config, Role, SysctlSetting},
     dataplane::{
         plane::Plane,
-        seam::{self, IkeDatagram},
+        seam::{self, IkeDatagram, TunnelId},
     },
     ike::{
         Endpoint,
-        config::EndpointConfig,
-        event::Command,
+        config::{EndpointConfig, PeerId},
+        event::{ChildSaId, Command},
         job::{Job, JobResult},
         rng::SystemRandom,
         time::Time,
@@ -82,6 +86,9 @@ pub(super) struct Gateway {
     pub(super) failures: super::events::LogLimit,
     pub(super) lookups: Lookups,
     pub(super) paths: Paths,
+    pub(super) journal: Journal,
+    /// While it does what the daemon before this one had begun: the pairs that it cannot do it for.
+    pub(super) in_doubt: Option<BTreeSet<ChildSaId>>,
     found: mpsc::UnboundedReceiver<Found>,
     pub(super) reader: Reader,
     read: mpsc::UnboundedReceiver<Read>,
@@ -92,33 +99,40 @@ pub(super) struct Gateway {
 }
 
 impl Gateway {
-    /// Starts the data plane and sets the tunnels up. Nothing is negotiated before [`Self::run`].
+    /// Finds or starts the data plane and sets the tunnels up, with the SAs that they had under the daemon before this one if
+    /// its journal tells. Nothing is negotiated before [`Self::run`].
     pub(super) async fn start(
         path: &Path,
         config: Config,
         supervisor: Supervisor,
     ) -> Result<Self, StartError> {
         let netlink = Netlink::open().map_err(StartError::Runtime)?;
-        let (engine, events) = supervisor.attach(true).await?;
+        let ports = (config.ports.ike, config.ports.nat_traversal);
+        let owner = Owner::here(ports).map_err(StartError::Runtime)?;
+        let journal = Journal::at(super::journal(&config), owner);
+        let limits = endpoint_config(&config);
+        let left = Left::read(&journal, &limits, since_boot());
+        // Without a journal nobody knows what the SAs of a data plane that runs are.
+        let (engine, events) = supervisor.attach(left.is_none()).await?;
+        let (endpoint, names, sorted) = match left {
+            Some(left) => left.sort(&config.tunnels),
+            None => {
+                let random = Box::new(SystemRandom::new());
+                let endpoint = Endpoint::new(limits, random);
+                (endpoint, Names::default(), Sorted::nothing())
+            }
+        };
         let (pool, results) = Pool::start(Job::run, Job::is_slow).map_err(StartError::Runtime)?;
         let (reader, read) = Reader::new();
         let (lookups, found) = Lookups::new(netlink.clone(), config.mark);
         let paths = Paths::start(netlink, config.mark).map_err(StartError::Runtime)?;
-        let endpoint = Endpoint::new(
-            EndpointConfig {
-                ike_port: config.ports.ike,
-                nat_port: config.ports.nat_traversal,
-                cookie_threshold: config.limits.cookie_threshold,
-                half_open: config.limits.half_open,
-                half_open_per_source: config.limits.half_open_per_source,
-            },
-            Box::new(SystemRandom::new()),
-        );
         let mut gateway = Self {
             path: path.to_owned(),
             engine,
             endpoint,
-            tunnels: Tunnels::default(),
+            tunnels: Tunnels::named_after(names),
+            journal,
+            in_doubt: None,
             started: Instant::now(),
             failures: super::events::LogLimit::default(),
             lookups,
@@ -132,28 +146,22 @@ impl Gateway {
             supervisor,
             config,
         };
-        for tunnel in gateway.config.tunnels.clone() {
-            let name = tunnel.name.clone();
-            gateway
-                .add_tunnel(tunnel)
-                .await
-                .map_err(|cause| StartError::Tunnel { name, cause })?;
-        }
-        let _ = gateway.engine.command(seam::Command::Configured).await;
+        gateway.come_back(sorted).await?;
         Ok(gateway)
     }
 
     /// Time as the endpoint counts it.
     pub(super) fn now(&self) -> Time {
-        Time(self.started.elapsed())
+        since_boot()
     }
 
     /// The loop.
     pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
-        let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
+        let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup), Ok(mut leave)) = (
             signal(SignalKind::terminate()),
             signal(SignalKind::interrupt()),
             signal(SignalKind::hangup()),
+            signal(SignalKind::user_defined1()),
         ) else {
             return error!("signals cannot be caught");
         };
@@ -199,37 +207,43 @@ impl Gateway {
                 _ = hangup.recv() => self.reload(Asker::Signal),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
+                _ = leave.recv() => return self.leave().await,
             }
         }
         self.stop().await;
     }
 
     fn next_timeout(&self) -> Instant {
-        let idle = self.started + Duration::from_secs(365 * 86_400);
-        self.endpoint
-            .poll_timeout()
-            .and_then(|time| self.started.checked_add(time.0))
-            .unwrap_or(idle)
+        let idle = Duration::from_secs(86_400);
+        let until = self.endpoint.poll_timeout().map(|at| at - self.now());
+        Instant::now() + until.unwrap_or(idle).min(idle)
     }
 
-    /// Does everything that the endpoint wants done.
+    /// Does everything that the endpoint wants done. What a peer or the data plane gets to see is written down before, so
+    /// that whatever dies in between, nothing is used twice.
     pub(super) async fn drain(&mut self) {
-        loop {
-            if let Some(event) = self.endpoint.poll_event() {
+        while self.endpoint.has_output() {
+            self.save();
+            let mut installs = false;
+            while let Some(event) = self.endpoint.poll_event() {
+                installs = true;
                 self.ike_event(event).await;
-            } else if let Some(transmit) = self.endpoint.poll_transmit() {
+            }
+            if installs {
+                self.save();
+            }
+            while let Some(transmit) = self.endpoint.poll_transmit() {
                 let datagram = IkeDatagram {
                     local: transmit.local,
                     remote: transmit.remote,
                     bytes: transmit.bytes,
                 };
                 self.engine.send_ike(datagram).await;
-            } else if let Some(job) = self.endpoint.poll_job() {
+            }
+            while let Some(job) = self.endpoint.poll_job() {
                 if !self.pool.submit(job) {
                     warn!("too many key exchanges at once; one was given up");
                 }
-            } else {
-                return;
             }
         }
     }
@@ -250,7 +264,7 @@ impl Gateway {
                     .tunnels
                     .get(tunnel)
                     .and_then(|tunnel| tunnel.pairs.get(&sa))
-                    .is_some_and(|pair| pair.inbound == stats.sa);
+                    .is_some_and(|pair| pair.ours.id == stats.sa);
                 let entry: &mut (u64, u64) = moved.entry(sa).or_default();
                 if inbound {
                     entry.0 = packets;
@@ -276,10 +290,18 @@ impl Gateway {
         &mut self,
         config: crate::config::Tunnel,
     ) -> Result<(), seam::Rejected> {
-        let starts = config.role == Role::Initiate;
-        let on_demand = config.role == Role::OnDemand;
-        let id = self.tunnels.add(config.clone());
-        let spec = convert::tunnel_spec(id, &config, &[], &BTreeSet::new());
+        let id = self.tunnels.add(config);
+        self.set_up(id).await
+    }
+
+    /// Sets a tunnel up in the data plane and tells the endpoint of it.
+    pub(super) async fn set_up(&mut self, id: TunnelId) -> Result<(), seam::Rejected> {
+        let Some(tunnel) = self.tunnels.get(id) else {
+            return Ok(());
+        };
+        let (down, starts) = (tunnel.down, tunnel.config.role == Role::Initiate);
+        let spec = convert::tunnel_spec(id, &tunnel.config, &tunnel.places, &tunnel.elsewhere);
+        let peer = convert::peer_config(id, &tunnel.config, &tunnel.places);
         if let Err(rejected) = self
             .engine
             .command(seam::Command::SetTunnel(Box::new(spec)))
@@ -288,21 +310,27 @@ impl Gateway {
             self.tunnels.remove(id);
             return Err(rejected);
         }
-        let _ = self
-            .engine
-            .command(seam::Command::SetCarrier(id, on_demand))
-            .await;
+        self.set_carrier(id).await;
         let now = self.now();
-        self.endpoint.handle_command(
-            now,
-            Command::SetPeer(Box::new(convert::peer_config(id, &config, &[]))),
-        );
-        if starts {
+        self.endpoint
+            .handle_command(now, Command::SetPeer(Box::new(peer)));
+        if down {
+            self.endpoint
+                .handle_command(now, Command::Down(PeerId(id.0)));
+        } else if starts {
             self.bring_up(id);
         } else {
             self.look_up(id);
         }
         Ok(())
+    }
+
+    /// Ends without a word, for a daemon that comes after this one: packets go on, and so do the tunnels as soon as it is there.
+    async fn leave(mut self) {
+        info!("the gateway leaves its tunnels to the daemon that comes after it");
+        self.drain().await;
+        self.engine.detach().await;
+        let _ = std::fs::remove_file(&self.config.control_socket);
     }
 
     /// Says farewell to the peers. Devices, routes and backstops stay: what is protected stays closed.
@@ -325,10 +353,28 @@ impl Gateway {
             }
             self.drain().await;
         }
+        self.journal.discard();
         self.engine.detach().await;
         if let Err(cause) = self.supervisor.end().await {
             warn!(%cause, "the data plane does not end");
         }
         let _ = std::fs::remove_file(&self.config.control_socket);
     }
+}
+
+fn endpoint_config(config: &Config) -> EndpointConfig {
+    EndpointConfig {
+        ike_port: config.ports.ike,
+        nat_port: config.ports.nat_traversal,
+        cookie_threshold: config.limits.cookie_threshold,
+        half_open: config.limits.half_open,
+        half_open_per_source: config.limits.half_open_per_source,
+    }
+}
+
+/// Time as the endpoint counts it: since the machine was booted, so that the next daemon counts on.
+fn since_boot() -> Time {
+    // The clock is there on every Linux that this runs on.
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
+    Time(now.unwrap_or_default())
 }

@@ -70,6 +70,7 @@ pub fn release(config: &Config) -> io::Result<String> {
     in_runtime(async {
         // Before all else, for it would mend what is removed.
         link::end(&super::supervise::socket(config)).await?;
+        super::journal::discard(&super::journal(config));
         let netlink = Netlink::open()?;
         // First: without it packets take the kernel's way, which leads into the devices as long as they are there.
         program::release(&config.instance).map_err(io::Error::other)?;

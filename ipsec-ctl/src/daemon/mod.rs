@@ -9,11 +9,13 @@ mod events;
 mod gateway;
 mod guard;
 mod jobs;
+mod journal;
 mod log;
 mod paths;
 mod peers;
 mod reload;
 mod report;
+mod restore;
 mod revive;
 mod supervise;
 mod tunnels;
@@ -27,6 +29,11 @@ pub use guard::{guard, release};
 pub use supervise::{DataPlaneError, PlaneError, data_plane};
 
 use crate::config::Config;
+
+/// Where the state of the daemon is kept for the next one.
+fn journal(config: &Config) -> PathBuf {
+    config.control_socket.with_extension("journal")
+}
 
 /// Where the values of sysctls are kept that the daemon has changed.
 fn originals(config: &Config) -> PathBuf {

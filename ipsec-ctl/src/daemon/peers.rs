@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Semaphore, mpsc},
     time::timeout,
@@ -38,7 +39,7 @@ const ADDRESSES_MOST: usize = 8;
 const AGE: Duration = Duration::from_secs(300);
 
 /// One place where a peer may be, and what is known of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Place {
     /// As configured.
     pub(super) host: Host,

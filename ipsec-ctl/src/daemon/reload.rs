@@ -4,6 +4,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use ring::digest;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     task::spawn_blocking,
@@ -14,7 +15,7 @@ use tracing::{info, warn};
 use super::{convert, gateway::Gateway};
 use crate::{
     api::model::{Done, Refused},
-    config::{self, Config, Role, Tunnel},
+    config::{self, Child, Config, Role, Tunnel},
     dataplane::seam::{self, TunnelId},
     ike::{
         config::PeerId,
@@ -232,17 +233,69 @@ impl Gateway {
 
 /// Whether SAs that were negotiated under the old configuration are good under the new one, too.
 fn is_same_negotiation(old: &Tunnel, new: &Tunnel) -> bool {
-    old.peer == new.peer
-        && old.local == new.local
-        && old.local_id == new.local_id
-        && old.remote_id == new.remote_id
-        && old.psk == new.psk
-        && old.ike == new.ike
-        && old.nat == new.nat
-        && old.device == new.device
-        && old.engine == new.engine
-        && old.mode == new.mode
-        && old.children == new.children
+    terms(old) == terms(new)
+}
+
+/// What SAs are negotiated under, as a digest: they are good as long as it stays the same.
+pub(super) fn terms(tunnel: &Tunnel) -> Vec<u8> {
+    let Tunnel {
+        name: _,
+        peer,
+        local,
+        local_id,
+        remote_id,
+        psk,
+        role: _,
+        ike,
+        nat,
+        keepalive: _,
+        fragment_size: _,
+        childless: _,
+        mobike: _,
+        return_routability: _,
+        dpd: _,
+        unique: _,
+        lifetime: _,
+        reauth: _,
+        device,
+        mtu: _,
+        engine,
+        mode,
+        fast_path: _,
+        offload: _,
+        df: _,
+        clamp_mss: _,
+        copy_dscp: _,
+        routes: _,
+        address: _,
+        bypass: _,
+        children,
+    } = tunnel;
+    let mut context = digest::Context::new(&digest::SHA256);
+    let secret = digest::digest(&digest::SHA256, psk.expose());
+    context.update(secret.as_ref());
+    let who = format!(
+        "{peer:?} {local:?} {local_id:?} {remote_id:?} {ike:?} {nat:?} {device:?} {engine:?} {mode:?}"
+    );
+    context.update(who.as_bytes());
+    for child in children {
+        let Child {
+            name,
+            local,
+            remote,
+            esp,
+            on_dead,
+            lifetime,
+            lifetime_bytes,
+            lifetime_packets,
+            replay_window,
+        } = child;
+        let what = format!(
+            "{name:?} {local:?} {remote:?} {esp:?} {on_dead:?} {lifetime:?} {lifetime_bytes:?} {lifetime_packets:?} {replay_window}"
+        );
+        context.update(what.as_bytes());
+    }
+    context.finish().as_ref().to_vec()
 }
 
 fn differs_globally(old: &Config, new: &Config) -> bool {

@@ -60,6 +60,7 @@ impl Gateway {
             });
         }
         self.bring_up(id);
+        self.save();
         Ok(Done {
             lines: vec![format!(
                 "{name} is coming up; `ipsec-ctl status {name}` tells how far it is"
@@ -76,6 +77,7 @@ impl Gateway {
         }
         self.endpoint
             .handle_command(now, Command::Down(PeerId(id.0)));
+        self.save();
         Ok(Done {
             lines: vec![format!("{name} is down; what it protects stays blocked")],
         })
@@ -248,7 +250,7 @@ impl Gateway {
         let pair = tunnel
             .pairs
             .values()
-            .rfind(|pair| in_force(pair) && matches!(pair.sends, Sends::Now))
+            .rfind(|pair| in_force(pair) && pair.sends == Sends::Now)
             .or_else(|| tunnel.pairs.values().rfind(in_force));
         let Some(pair) = pair else {
             return Child {
@@ -278,10 +280,10 @@ impl Gateway {
             suite: Some(pair.suite.to_string()),
             age_seconds: Some((self.now() - pair.since).as_secs()),
             encapsulated: pair.outer.encapsulated,
-            inbound: self.direction(pair.inbound, pair.spi_in.0, stats),
-            outbound: self.direction(pair.outbound, pair.spi_out.0, stats),
-            inbound_nic: nic(pair.inbound),
-            outbound_nic: nic(pair.outbound),
+            inbound: self.direction(pair.ours.id, pair.spi_in.0, stats),
+            outbound: self.direction(pair.theirs.id, pair.spi_out.0, stats),
+            inbound_nic: nic(pair.ours.id),
+            outbound_nic: nic(pair.theirs.id),
         }
     }
 

@@ -1,4 +1,7 @@
 //! What the daemon does when the data plane's process has died: it starts another and puts in what was in the old one.
+//!
+//! The SAs go on counting where the old one has stopped, for the words that they count in outlive it. An SA of which that is
+//! not known must not send again: it is deleted, and its child negotiated anew.
 
 use std::time::Duration;
 
@@ -47,19 +50,47 @@ impl Gateway {
                 warn!(tunnel = name, %cause, "the tunnel could not be set up again");
             }
         }
-        let lost: Vec<ChildSaId> = self
-            .tunnels
-            .iter()
-            .flat_map(|(_, tunnel)| tunnel.pairs.keys().copied())
-            .collect();
+        let lost = self.resume_all().await;
         let now = self.now();
         for sa in lost {
-            // Their sequence numbers are not known any more: they must not send again.
             self.endpoint.handle_command(now, Command::Expired(sa));
         }
         for id in tunnels {
             self.set_carrier(id).await;
         }
         let _ = self.engine.command(seam::Command::Configured).await;
+    }
+
+    /// Has the data plane go on with all SAs; returns the pairs that it cannot go on with.
+    pub(super) async fn resume_all(&mut self) -> Vec<ChildSaId> {
+        let mut specs: Vec<(ChildSaId, seam::SaSpec)> = Vec::new();
+        for (_, tunnel) in self.tunnels.iter() {
+            for (sa, pair) in &tunnel.pairs {
+                specs.extend(pair.installed().map(|spec| (*sa, spec.clone())));
+            }
+        }
+        // Of several outbound SAs of a child the one that was installed last sends.
+        specs.sort_by_key(|(_, spec)| spec.id);
+        let mut lost = Vec::new();
+        for (sa, spec) in specs {
+            let id = spec.id;
+            match self
+                .engine
+                .command(seam::Command::Resume(
+                    Box::new(spec),
+                    seam::Before::Installed,
+                ))
+                .await
+            {
+                Ok(Some(ledger)) => self.tunnels.note_ledger(ledger),
+                Ok(None) => {}
+                Err(cause) => {
+                    info!(sa = id.0, %cause, "an SA cannot go on; its child is negotiated anew");
+                    lost.push(sa);
+                }
+            }
+        }
+        lost.dedup();
+        lost
     }
 }

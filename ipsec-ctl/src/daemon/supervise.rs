@@ -5,6 +5,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -43,6 +44,22 @@ pub enum PlaneError {
     End(io::Error),
 }
 
+/// What tells the running file from one that an upgrade has put in its place.
+fn program() -> String {
+    std::fs::metadata("/proc/self/exe").map_or_else(
+        |_| String::new(),
+        |file| {
+            let (seconds, nanoseconds) = (file.mtime(), file.mtime_nsec());
+            format!(
+                "{}:{}:{}:{seconds}.{nanoseconds}",
+                file.dev(),
+                file.ino(),
+                file.len()
+            )
+        },
+    )
+}
+
 /// Starts and finds data planes of one instance.
 #[derive(Debug)]
 pub(super) struct Supervisor {
@@ -63,6 +80,7 @@ impl Supervisor {
         Self {
             socket: socket(config),
             engine: EngineConfig {
+                program: program(),
                 instance: config.instance.clone(),
                 mark: config.mark,
                 ike_port: config.ports.ike,

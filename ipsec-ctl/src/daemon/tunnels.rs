@@ -2,13 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
     net::IpAddr,
     time::Instant,
 };
 
 use ipsec_common::{Spi, TrafficSelector};
+use serde::{Deserialize, Serialize};
 
-use super::peers::{Place, all_ways};
+use super::{
+    journal::{Changes, Key},
+    peers::{Place, all_ways},
+    reload,
+};
 use crate::{
     config::Tunnel,
     dataplane::seam::{Ledger, SaId, SaSpec, TunnelId},
@@ -18,6 +24,7 @@ use crate::{
         event::{ChildSaId, OuterAddresses},
         time::Time,
     },
+    wiped::Wiped,
 };
 
 /// A tunnel and its state.
@@ -53,14 +60,14 @@ impl TunnelState {
 }
 
 /// A pair of installed SAs.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SaPair {
     /// The configured child.
     pub(super) child: ChildName,
-    /// Id of the inbound SA in the data plane.
-    pub(super) inbound: SaId,
-    /// Id of the outbound SA in the data plane.
-    pub(super) outbound: SaId,
+    /// The inbound SA, as the data plane has it.
+    pub(super) ours: SaSpec,
+    /// The outbound SA, as the data plane has it or will have it.
+    pub(super) theirs: SaSpec,
     /// What has become of the outbound SA.
     pub(super) sends: Sends,
     /// Inbound SPI.
@@ -80,10 +87,10 @@ pub(super) struct SaPair {
 }
 
 /// What has become of the outbound SA of a pair.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Sends {
     /// It must not be used yet.
-    NotYet(Box<SaSpec>),
+    NotYet,
     /// It is installed.
     Now,
     /// Another pair has taken its traffic; the inbound SA is there for what is still on its way.
@@ -91,10 +98,19 @@ pub(super) enum Sends {
 }
 
 impl SaPair {
+    /// The SAs that the data plane has of it, in the order in which it got them.
+    pub(super) fn installed(&self) -> impl Iterator<Item = &SaSpec> {
+        let theirs = match self.sends {
+            Sends::Now => Some(&self.theirs),
+            Sends::NotYet | Sends::NoMore => None,
+        };
+        [&self.ours].into_iter().chain(theirs)
+    }
+
     /// Whether it carries traffic, or is about to.
     pub(super) fn is_in_force(&self) -> bool {
         match self.sends {
-            Sends::NotYet(_) | Sends::Now => true,
+            Sends::NotYet | Sends::Now => true,
             Sends::NoMore => false,
         }
     }
@@ -107,21 +123,75 @@ impl TunnelState {
     }
 }
 
+/// Names that are given out next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Names {
+    tunnel: u32,
+    sa: u64,
+}
+
+/// What is saved of a tunnel.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedTunnel {
+    /// Its name.
+    pub(super) name: String,
+    /// What its SAs were negotiated under.
+    pub(super) terms: Vec<u8>,
+    /// The operator took it down.
+    pub(super) down: bool,
+    /// Where its peer was.
+    pub(super) places: Vec<Place>,
+    /// Where its peer was besides.
+    pub(super) elsewhere: BTreeSet<IpAddr>,
+}
+
+/// What is saved of a pair of SAs.
+#[derive(Debug, Serialize)]
+struct SavedPair<'a> {
+    tunnel: TunnelId,
+    pair: &'a SaPair,
+}
+
+/// A pair of SAs that was saved.
+#[derive(Debug, Deserialize)]
+pub(super) struct RestoredPair {
+    /// Its tunnel.
+    pub(super) tunnel: TunnelId,
+    /// What is known of it.
+    pub(super) pair: SaPair,
+}
+
 /// All tunnels.
 #[derive(Debug, Default)]
 pub(super) struct Tunnels {
     by_id: BTreeMap<TunnelId, TunnelState>,
     owners: HashMap<SaId, (TunnelId, ChildSaId)>,
     ledger: HashMap<SaId, Ledger>,
-    next_tunnel: u32,
-    next_sa: u64,
+    names: Names,
+    /// What is not saved as it is now.
+    changed: BTreeSet<Key>,
 }
 
 impl Tunnels {
+    /// None yet; names are given out from these on.
+    pub(super) fn named_after(names: Names) -> Self {
+        Self {
+            names,
+            ..Self::default()
+        }
+    }
+
     /// Adds a tunnel.
     pub(super) fn add(&mut self, config: Tunnel) -> TunnelId {
-        self.next_tunnel += 1;
-        let id = TunnelId(self.next_tunnel);
+        self.names.tunnel += 1;
+        let id = TunnelId(self.names.tunnel);
+        self.put_in(id, config);
+        id
+    }
+
+    /// Adds a tunnel under the name that it has had.
+    pub(super) fn put_in(&mut self, id: TunnelId, config: Tunnel) {
+        self.changed.extend([Key::Names, Key::Tunnel(id)]);
         self.by_id.insert(
             id,
             TunnelState {
@@ -137,11 +207,59 @@ impl Tunnels {
                 pairs: BTreeMap::new(),
             },
         );
-        id
+    }
+
+    /// What has changed since this was asked last.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written down.
+    pub(super) fn changes(&mut self) -> io::Result<Changes> {
+        let changed = std::mem::take(&mut self.changed);
+        changed
+            .into_iter()
+            .map(|key| Ok((key, self.saved(key).transpose()?)))
+            .collect()
+    }
+
+    fn saved(&self, key: Key) -> Option<io::Result<Wiped>> {
+        match key {
+            Key::Endpoint(_) => None,
+            Key::Names => Some(Wiped::of(&self.names)),
+            Key::Tunnel(id) => self.by_id.get(&id).map(|tunnel| {
+                Wiped::of(&SavedTunnel {
+                    name: tunnel.config.name.clone(),
+                    terms: reload::terms(&tunnel.config),
+                    down: tunnel.down,
+                    places: tunnel.places.clone(),
+                    elsewhere: tunnel.elsewhere.clone(),
+                })
+            }),
+            Key::Pair(sa) => {
+                let tunnel = self.by_id.iter().find_map(|(id, tunnel)| {
+                    let (tunnel, pair) = (*id, tunnel.pairs.get(&sa)?);
+                    Some(SavedPair { tunnel, pair })
+                });
+                tunnel.map(|pair| Wiped::of(&pair))
+            }
+        }
+    }
+
+    /// As if everything had changed.
+    pub(super) fn everything_has_changed(&mut self) {
+        self.changed.insert(Key::Names);
+        for (id, tunnel) in &self.by_id {
+            self.changed.insert(Key::Tunnel(*id));
+            self.changed
+                .extend(tunnel.pairs.keys().map(|sa| Key::Pair(*sa)));
+        }
     }
 
     pub(super) fn remove(&mut self, id: TunnelId) {
         if let Some(tunnel) = self.by_id.remove(&id) {
+            self.changed.insert(Key::Tunnel(id));
+            self.changed
+                .extend(tunnel.pairs.keys().map(|sa| Key::Pair(*sa)));
             for pair in tunnel.pairs.values() {
                 self.forget(pair);
             }
@@ -153,6 +271,7 @@ impl Tunnels {
     }
 
     pub(super) fn get_mut(&mut self, id: TunnelId) -> Option<&mut TunnelState> {
+        self.changed.insert(Key::Tunnel(id));
         self.by_id.get_mut(&id)
     }
 
@@ -182,21 +301,24 @@ impl Tunnels {
 
     /// A name for an SA in the data plane.
     pub(super) fn new_sa(&mut self) -> SaId {
-        self.next_sa += 1;
-        SaId(self.next_sa)
+        self.names.sa += 1;
+        self.changed.insert(Key::Names);
+        SaId(self.names.sa)
     }
 
     /// Notes an installed pair.
     pub(super) fn installed(&mut self, id: TunnelId, sa: ChildSaId, pair: SaPair) {
         if let Some(tunnel) = self.by_id.get_mut(&id) {
-            self.owners.insert(pair.inbound, (id, sa));
-            self.owners.insert(pair.outbound, (id, sa));
+            self.changed.insert(Key::Pair(sa));
+            self.owners.insert(pair.ours.id, (id, sa));
+            self.owners.insert(pair.theirs.id, (id, sa));
             tunnel.pairs.insert(sa, pair);
         }
     }
 
     /// A pair, and the tunnel that it belongs to.
     pub(super) fn pair_mut(&mut self, sa: ChildSaId) -> Option<(TunnelId, &mut SaPair)> {
+        self.changed.insert(Key::Pair(sa));
         self.by_id
             .iter_mut()
             .find_map(|(id, tunnel)| Some((*id, tunnel.pairs.get_mut(&sa)?)))
@@ -205,12 +327,13 @@ impl Tunnels {
     /// Takes a pair out.
     pub(super) fn removed(&mut self, id: TunnelId, sa: ChildSaId) -> Option<SaPair> {
         let pair = self.by_id.get_mut(&id)?.pairs.remove(&sa)?;
+        self.changed.insert(Key::Pair(sa));
         self.forget(&pair);
         Some(pair)
     }
 
     fn forget(&mut self, pair: &SaPair) {
-        for sa in [pair.inbound, pair.outbound] {
+        for sa in [pair.ours.id, pair.theirs.id] {
             self.owners.remove(&sa);
             self.ledger.remove(&sa);
         }

@@ -77,11 +77,14 @@ impl Engines {
                     .await
             }
             Command::Install(spec) => {
-                let (id, expires) = (spec.id, spec.lifetime.expires);
-                let kernel = self.kernel_of(spec.tunnel).await;
-                let ledger = self.give(kernel, Command::Install(spec)).await?;
-                self.deadlines().extend(expires.map(|at| (id, at)));
-                Ok(ledger)
+                let (id, tunnel, expires) = (spec.id, spec.tunnel, spec.lifetime.expires);
+                self.put_in((id, tunnel, expires), Command::Install(spec))
+                    .await
+            }
+            Command::Resume(spec, before) => {
+                let (id, tunnel, expires) = (spec.id, spec.tunnel, spec.lifetime.expires);
+                self.put_in((id, tunnel, expires), Command::Resume(spec, before))
+                    .await
             }
             Command::SetCarrier(id, on) => {
                 self.give(self.kernel_of(id).await, Command::SetCarrier(id, on))
@@ -98,6 +101,17 @@ impl Engines {
             }
             Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
         }
+    }
+
+    /// Gives an SA to the engine that has its tunnel, and notes its end.
+    async fn put_in(
+        &self,
+        (id, tunnel, expires): (SaId, TunnelId, Option<u64>),
+        command: Command,
+    ) -> Result<Option<Ledger>, Rejected> {
+        let ledger = self.give(self.kernel_of(tunnel).await, command).await?;
+        self.deadlines().extend(expires.map(|at| (id, at)));
+        Ok(ledger)
     }
 
     /// Removes SAs whose time is over at `now` (seconds of CLOCK_MONOTONIC).

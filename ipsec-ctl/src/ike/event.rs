@@ -80,7 +80,7 @@ pub enum Rekey {
 }
 
 /// What a caller should know or do.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
     /// An IKE SA is authenticated.
     IkeUp(Box<IkeUp>),
@@ -127,7 +127,7 @@ pub enum Event {
 }
 
 /// An authenticated IKE SA.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IkeUp {
     /// The peer.
     pub peer: PeerId,
@@ -138,7 +138,7 @@ pub struct IkeUp {
 }
 
 /// What `status` shows of an IKE SA.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IkeInfo {
     /// SPI of the initiator.
     pub spi_i: IkeSpi,
@@ -186,7 +186,7 @@ pub struct OuterAddresses {
 }
 
 /// A pair of ESP SAs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChildUp {
     /// The peer.
     pub peer: PeerId,
@@ -214,6 +214,8 @@ pub struct ChildUp {
     pub remote: Vec<TrafficSelector>,
     /// Outer addresses.
     pub outer: OuterAddresses,
+    /// When it was negotiated.
+    pub since: Time,
 }
 
 /// Why an SA is gone.
@@ -259,7 +261,7 @@ pub enum Stage {
 }
 
 /// A failure, for people and for counters.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{reason}{}", detail_of(.detail))]
 pub struct Failure {
     /// The peer, if it is known.

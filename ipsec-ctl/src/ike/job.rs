@@ -11,8 +11,8 @@ use super::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct JobId(pub u64);
 
-/// A job.
-#[derive(Debug)]
+/// A job. It yields the same whenever it is computed, so one that a dead process has left is computed again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// Its id, to hand back with the result.
     pub id: JobId,

@@ -46,6 +46,7 @@ impl Gateway {
                 .build()
                 .unwrap();
             let config = EngineConfig {
+                program: String::new(),
                 instance,
                 mark: 0x1e5,
                 ike_port: 500,

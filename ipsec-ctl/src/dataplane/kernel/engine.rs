@@ -30,11 +30,11 @@ use super::{
 use crate::{
     dataplane::{
         seam::{
-            ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, Mode,
-            Offload, Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats, SelectorPair,
-            Survey, TunnelFacts, TunnelId, TunnelSpec,
+            Before, ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind,
+            Mode, Offload, Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats,
+            SelectorPair, Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
-        xdp::engine::Lodge,
+        xdp::{engine::Lodge, slow::monotonic_seconds},
     },
     esp::{EspKeys, EspSuite, EspTransform},
     net::{
@@ -93,6 +93,8 @@ pub struct Engine {
 }
 
 struct Inner {
+    /// When it was started, in seconds of CLOCK_MONOTONIC.
+    since: u64,
     xfrm: Xfrm,
     netlink: Netlink,
     lodge: Lodge,
@@ -169,6 +171,7 @@ impl Engine {
         let notices = Watch::start().map_err(StartError::Watch)?;
         let changes = watch::start().map_err(StartError::Watch)?;
         let inner = Arc::new(Inner {
+            since: monotonic_seconds(),
             xfrm,
             netlink,
             lodge,
@@ -223,6 +226,9 @@ impl Engine {
                 .await
                 .map(|()| None),
             Command::Install(spec) => inner.install(&mut everything, &spec).await.map(Some),
+            Command::Resume(spec, before) => {
+                inner.resume(&mut everything, &spec, before).await.map(Some)
+            }
             Command::Remove(id) => inner.remove(&mut everything, id).map(|()| None),
             Command::MoveOuter(id, outer) => {
                 inner.move_outer(&mut everything, id, outer).map(|()| None)
@@ -393,6 +399,33 @@ impl Inner {
         }
         let sa = all.sas.get(&spec.id).ok_or(Rejected::UnknownSa)?;
         Ok(sa.ledger.clone())
+    }
+
+    /// An SA that this engine has stays. States that another process has left are never taken over.
+    async fn resume(
+        &self,
+        all: &mut Everything,
+        spec: &SaSpec,
+        before: Before,
+    ) -> Result<Ledger, Rejected> {
+        let known = all.sas.get(&spec.id).filter(|sa| {
+            (sa.tunnel, sa.direction, sa.spi) == (spec.tunnel, spec.direction, spec.spi)
+        });
+        let Some(ledger) = known.map(|sa| sa.ledger.clone()) else {
+            let is_over = spec
+                .lifetime
+                .expires
+                .is_some_and(|at| at <= monotonic_seconds());
+            return match before {
+                // What this engine has had since, it has still.
+                Before::InDoubt(at) if self.since + 1 < at && !is_over => {
+                    self.install(all, spec).await
+                }
+                Before::InDoubt(_) | Before::Installed => Err(Rejected::Uncounted),
+            };
+        };
+        self.move_outer(all, spec.id, spec.outer)?;
+        Ok(ledger)
     }
 
     /// Removes an SA that may be gone already.

@@ -4,38 +4,12 @@ use std::io;
 
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
+
+use crate::wiped::Wiped;
 
 /// The longest frame in bytes: counters of all SAs that there is room for fit well.
 const LONGEST: usize = 64 << 20;
-/// What most frames need.
-const USUAL: usize = 4096;
-
-/// A buffer that leaves no bytes behind when it grows or goes.
-struct Wiped(Vec<u8>);
-
-impl io::Write for Wiped {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.capacity() - self.0.len() < bytes.len() {
-            let mut larger =
-                Vec::with_capacity((self.0.capacity() * 2).max(self.0.len() + bytes.len()));
-            larger.extend_from_slice(&self.0);
-            std::mem::replace(&mut self.0, larger).zeroize();
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for Wiped {
-    fn drop(&mut self) {
-        self.0.zeroize();
-    }
-}
 
 /// Writes a value.
 ///
@@ -46,20 +20,18 @@ pub(super) async fn write<T: Serialize>(
     stream: &mut (impl AsyncWrite + Unpin),
     value: &T,
 ) -> io::Result<()> {
-    let mut frame = Wiped(Vec::with_capacity(USUAL));
-    frame.0.extend([0; 4]);
-    value
-        .serialize(&mut rmp_serde::Serializer::new(&mut frame).with_struct_map())
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    let length = frame.0.len() - 4;
+    let mut frame = Wiped::new();
+    frame.extend(&[0; 4]);
+    frame.append(value)?;
+    let length = frame.bytes().len() - 4;
     let length = u32::try_from(length)
         .ok()
         .filter(|_| length <= LONGEST)
         .ok_or(io::ErrorKind::InvalidData)?;
-    if let Some(head) = frame.0.first_chunk_mut() {
+    if let Some(head) = frame.bytes_mut().first_chunk_mut() {
         *head = length.to_be_bytes();
     }
-    stream.write_all(&frame.0).await
+    stream.write_all(frame.bytes()).await
 }
 
 /// Reads a value; none if the stream ends before it begins.

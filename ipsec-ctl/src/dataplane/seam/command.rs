@@ -32,6 +32,11 @@ pub enum Command {
     /// several of one child the one with the most specific selectors sends, and of equal ones the newest: the one before
     /// it stays installed, unused, until it is removed.
     Install(Box<SaSpec>),
+    /// Installs an SA that may have been in use before, under another process: it goes on counting where that one has
+    /// stopped. One that is still there stays as it is, but for its outer addresses. An SA of which nobody knows how
+    /// far it has counted is refused with [`super::Rejected::Uncounted`]. Between [`Self::SetTunnel`] and
+    /// [`Self::Configured`] only, which ends what was not resumed.
+    Resume(Box<SaSpec>, Before),
     /// Removes an SA; unknown ids are not an error, for the engine may have dropped it at its hard limit.
     Remove(SaId),
     /// Moves an SA to other outer addresses (NAT rebinding, later MOBIKE).
@@ -40,6 +45,15 @@ pub enum Command {
     SendIke(IkeDatagram),
     /// Reports the carrier of the tunnel's device: on while a child is up or may come up on demand.
     SetCarrier(TunnelId, bool),
+}
+
+/// What is known of an SA that is resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Before {
+    /// It was installed.
+    Installed,
+    /// It was negotiated at this second of CLOCK_MONOTONIC, and then perhaps installed and perhaps not.
+    InDoubt(u64),
 }
 
 /// One configured tunnel, as the data plane sees it.
@@ -171,7 +185,7 @@ pub enum Direction {
 }
 
 /// Everything an engine needs to carry one SA in one direction.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SaSpec {
     /// Its id.
     pub id: SaId,

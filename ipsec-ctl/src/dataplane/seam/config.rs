@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 /// What an engine is started with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineConfig {
+    /// The file that the daemon was started from, as far as it can be told from others: after an upgrade it is another.
+    pub program: String,
     /// Tells engines on one host apart.
     pub instance: String,
     /// Firewall mark of all that the engine sends.

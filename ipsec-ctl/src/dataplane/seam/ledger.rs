@@ -146,6 +146,9 @@ pub enum Rejected {
     /// The id, or the inbound SPI on that address, is taken.
     #[error("the SA or its SPI exists already")]
     Exists,
+    /// Nobody knows how far the SA has counted, or it has counted already and should begin at 1.
+    #[error("how far the SA has counted is not known: its keys must not be used again")]
+    Uncounted,
     /// All slots of the SA tables are in use.
     #[error("the SA tables are full")]
     Full,

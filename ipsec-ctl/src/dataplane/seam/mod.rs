@@ -11,8 +11,8 @@ mod request;
 mod stats;
 
 pub use command::{
-    ChildId, ChildTrap, Command, Df, Direction, EngineChoice, FastPath, IkeDatagram, Lifetime,
-    Mode, NicOffload, Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
+    Before, ChildId, ChildTrap, Command, Df, Direction, EngineChoice, FastPath, IkeDatagram,
+    Lifetime, Mode, NicOffload, Outer, SaId, SaSpec, SelectorPair, TunnelId, TunnelSpec, UdpEncap,
 };
 pub use config::EngineConfig;
 pub use event::{Event, Flow, LifetimeKind};

@@ -39,8 +39,9 @@ use crate::{
     dataplane::{
         routing::Routing,
         seam::{
-            Command, Direction, EngineConfig, Event, InterfaceStatus, Ledger, OffloadReason, Outer,
-            Rejected, SaFacts, SaSpec, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
+            Before, Command, Direction, EngineConfig, Event, InterfaceStatus, Ledger,
+            OffloadReason, Outer, Rejected, SaFacts, SaId, SaSpec, SaStats, Survey, TunnelFacts,
+            TunnelId, TunnelSpec,
         },
     },
     net::{
@@ -196,6 +197,7 @@ impl Engine {
         match command {
             Command::SetTunnel(spec) => inner.set_tunnel(*spec).await.map(|()| None),
             Command::Configured => {
+                inner.tables.forget_what_is_left();
                 let mut control = inner.control.lock().await;
                 control.routing.complete();
                 // At once: nothing may arrive past a tunnel that is there. The keeper sees to leftovers.
@@ -204,7 +206,8 @@ impl Engine {
                 Ok(None)
             }
             Command::RemoveTunnel(id) => inner.remove_tunnel(id).await.map(|()| None),
-            Command::Install(spec) => inner.install(&spec).await.map(Some),
+            Command::Install(spec) => inner.install(&spec, Tables::install).await.map(Some),
+            Command::Resume(spec, before) => inner.resume(&spec, before).await.map(Some),
             Command::Remove(id) => {
                 let tunnel = inner.tables.outbound_by_id(id).map(|sa| sa.core.tunnel);
                 inner.fast().remove(id);
@@ -214,19 +217,7 @@ impl Engine {
                 }
                 Ok(None)
             }
-            Command::MoveOuter(id, outer) => {
-                inner.tables.move_outer(id, outer)?;
-                if let Some(sa) = inner.tables.inbound_by_id(id) {
-                    inner.fast().install(id, sa.core.tunnel, Some(sa));
-                }
-                if let Some(sa) = inner.tables.outbound_by_id(id) {
-                    inner.ask_path(&outer).await;
-                    if let Some(tunnel) = inner.tables.tunnel(sa.core.tunnel) {
-                        inner.fit_mtu(&tunnel).await;
-                    }
-                }
-                Ok(None)
-            }
+            Command::MoveOuter(id, outer) => inner.move_outer(id, outer).await.map(|()| None),
             Command::SendIke(datagram) => {
                 // Before the answer can come.
                 inner.fast().know_ike(&datagram.bytes);
@@ -344,6 +335,8 @@ impl Inner {
     async fn set_tunnel(&self, spec: TunnelSpec) -> Result<(), Rejected> {
         let mut control = self.control.lock().await;
         let kept = match control.tunnels.get(&spec.id) {
+            // A daemon that comes back tells all of them.
+            Some(old) if old.spec == spec => return Ok(()),
             Some(old) if old.spec.device == spec.device => Some(Arc::clone(&old.tun)),
             Some(old) => {
                 let _ = old.tun.remove();
@@ -423,11 +416,39 @@ impl Inner {
             .map_err(|error| Rejected::by_kernel("remove the TUN device", &error))
     }
 
-    async fn install(&self, spec: &SaSpec) -> Result<Ledger, Rejected> {
+    async fn move_outer(&self, id: SaId, outer: Outer) -> Result<(), Rejected> {
+        self.tables.move_outer(id, outer)?;
+        if let Some(sa) = self.tables.inbound_by_id(id) {
+            self.fast().install(id, sa.core.tunnel, Some(sa));
+        }
+        if let Some(sa) = self.tables.outbound_by_id(id) {
+            self.ask_path(&outer).await;
+            if let Some(tunnel) = self.tables.tunnel(sa.core.tunnel) {
+                self.fit_mtu(&tunnel).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn resume(&self, spec: &SaSpec, before: Before) -> Result<Ledger, Rejected> {
+        if !self.tables.has(spec) {
+            let resume =
+                |tables: &Tables, spec: &SaSpec| tables.resume(spec, before, monotonic_seconds());
+            return self.install(spec, resume).await;
+        }
+        self.move_outer(spec.id, spec.outer).await?;
+        self.fast().ledger(spec.id).ok_or(Rejected::UnknownSa)
+    }
+
+    async fn install(
+        &self,
+        spec: &SaSpec,
+        into: impl FnOnce(&Tables, &SaSpec) -> Result<(), Rejected>,
+    ) -> Result<Ledger, Rejected> {
         if spec.direction == Direction::Outbound {
             self.ask_path(&spec.outer).await;
         }
-        self.tables.install(spec)?;
+        into(&self.tables, spec)?;
         if spec.direction == Direction::Outbound
             && let Some(tunnel) = self.tables.tunnel(spec.tunnel)
         {

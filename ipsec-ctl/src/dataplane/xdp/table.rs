@@ -23,10 +23,10 @@ use super::{
     selectors::{Flow, Selectors},
     senders::Senders,
     waiting::Waiting,
-    words::WordsArray,
+    words::{NoSlot, Tag, WordsArray, WordsRef},
 };
 use crate::dataplane::seam::{
-    ChildId, Df, Direction, Outer, Rejected, SaId, SaSpec, SaStats, TunnelId, TunnelSpec,
+    Before, ChildId, Df, Direction, Outer, Rejected, SaId, SaSpec, SaStats, TunnelId, TunnelSpec,
 };
 
 /// Shards of the inbound table. SPIs are random, so their low bits spread well.
@@ -428,8 +428,43 @@ impl Tables {
         sas
     }
 
+    /// Whether this very SA is installed: that id with those keys.
+    pub fn has(&self, spec: &SaSpec) -> bool {
+        let registry = self.registry();
+        let core = registry.sas.get(&spec.id).map(Installed::core);
+        core.is_some_and(|core| core.words.tag() == Tag::of(spec))
+    }
+
+    /// SAs that were to be resumed have been: the others that an earlier process has left are not any more.
+    pub fn forget_what_is_left(&self) {
+        self.words.forget_what_is_left();
+    }
+
     /// Installs an SA; an outbound one takes the packets that its selectors are for from now on.
     pub fn install(&self, spec: &SaSpec) -> Result<(), Rejected> {
+        self.install_on(spec, |tag| self.words.allocate(tag))
+    }
+
+    /// As [`Self::install`], for an SA that goes on counting where an earlier process has stopped. At `now` (seconds of
+    /// CLOCK_MONOTONIC).
+    pub fn resume(&self, spec: &SaSpec, before: Before, now: u64) -> Result<(), Rejected> {
+        let is_over = spec.lifetime.expires.is_some_and(|at| at <= now);
+        self.install_on(spec, |tag| match (self.words.resume(tag), before) {
+            // All that have been in use since have a slot, until they end.
+            (Err(NoSlot::Unknown), Before::InDoubt(at))
+                if self.words.since() + 1 < at && !is_over =>
+            {
+                self.words.allocate(tag)
+            }
+            (resumed, Before::InDoubt(_) | Before::Installed) => resumed,
+        })
+    }
+
+    fn install_on(
+        &self,
+        spec: &SaSpec,
+        words: impl FnOnce(Tag) -> Result<WordsRef, NoSlot>,
+    ) -> Result<(), Rejected> {
         let mut registry = self.registry();
         let tunnel = self.tunnel(spec.tunnel).ok_or(Rejected::UnknownTunnel)?;
         let key = InboundKey {
@@ -442,7 +477,10 @@ impl Tables {
         {
             return Err(Rejected::Exists);
         }
-        let words = self.words.allocate().ok_or(Rejected::Full)?;
+        let words = words(Tag::of(spec)).map_err(|error| match error {
+            NoSlot::Full => Rejected::Full,
+            NoSlot::Used | NoSlot::Unknown => Rejected::Uncounted,
+        })?;
         let core = Arc::new(SaCore::new(spec, words)?);
         match spec.direction {
             Direction::Inbound => {
@@ -529,6 +567,7 @@ impl Tables {
         match registry.sas.remove(&id) {
             None => false,
             Some(Installed::Inbound(sa)) => {
+                sa.core.words.retire();
                 let key = InboundKey {
                     spi: sa.core.spi,
                     destination: sa.outer.local,
@@ -540,6 +579,7 @@ impl Tables {
                 true
             }
             Some(Installed::Outbound(sa)) => {
+                sa.core.words.retire();
                 let name = (sa.core.tunnel, sa.core.child);
                 let others = registry.outbound.entry(name).or_default();
                 others.retain(|&other| other != id);

@@ -59,7 +59,7 @@ pub struct IkeKeys {
 }
 
 /// Key material of one direction of a CHILD SA.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChildKey {
     /// Cipher key, for an AEAD with its salt behind it.
     pub encryption: Key,

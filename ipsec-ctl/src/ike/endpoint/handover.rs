@@ -9,7 +9,10 @@
 //! different selectors, none of which can stand in for another. In another IKE SA a child starts new lines, which take the
 //! place of the old ones that are for the same traffic; under one tunnel several peers may have come in, each with its own.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +84,7 @@ impl Use {
 
 /// One installed pair.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Pair {
+pub(super) struct Pair {
     ike: IkeSaId,
     peer: PeerId,
     child: ChildName,
@@ -94,6 +97,11 @@ struct Pair {
 }
 
 impl Pair {
+    /// Its inbound SPI.
+    pub(super) fn spi_in(&self) -> u32 {
+        self.spi_in
+    }
+
     /// Whether one of both may carry what the other has carried.
     fn stands_in_for(&self, other: &Self) -> bool {
         self.line == other.line
@@ -113,9 +121,11 @@ impl Pair {
 }
 
 /// All installed pairs.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Handover {
     pairs: BTreeMap<ChildSaId, Pair>,
+    /// Those that are not saved as they are now.
+    changed: BTreeSet<ChildSaId>,
     /// How many of them have something to wait for, so that the usual case costs nothing.
     waiting: usize,
 }
@@ -154,7 +164,31 @@ impl Handover {
         let usage = pair.usage;
         self.waiting += usize::from(usage.waits());
         self.pairs.insert(up.sa, pair);
+        self.changed.insert(up.sa);
         usage == Use::Both
+    }
+
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = ChildSaId> {
+        self.pairs.keys().copied()
+    }
+
+    /// Puts a pair back that was saved.
+    pub(super) fn restore(&mut self, sa: ChildSaId, pair: Pair) {
+        self.waiting += usize::from(pair.usage.waits());
+        self.pairs.insert(sa, pair);
+    }
+
+    /// What has become of the pairs that have changed since this was asked last; none of those that are gone.
+    pub(super) fn changes(&mut self) -> Vec<(ChildSaId, Option<Pair>)> {
+        let changed = std::mem::take(&mut self.changed);
+        let now = |sa: ChildSaId| (sa, self.pairs.get(&sa).cloned());
+        changed.into_iter().map(now).collect()
+    }
+
+    /// As if all pairs had changed.
+    pub(super) fn all_have_changed(&mut self) {
+        self.changed.extend(self.pairs.keys());
     }
 
     /// The IKE SA that a pair belongs to.
@@ -179,6 +213,7 @@ impl Handover {
     fn set(&mut self, sa: ChildSaId, usage: Use) {
         if let Some(pair) = self.pairs.get_mut(&sa) {
             let before = std::mem::replace(&mut pair.usage, usage);
+            self.changed.insert(sa);
             self.waiting += usize::from(usage.waits());
             self.waiting -= usize::from(before.waits());
         }
@@ -243,8 +278,9 @@ impl Handover {
 
     /// Another IKE SA inherits all pairs.
     pub(super) fn inherited(&mut self, from: IkeSaId, to: IkeSaId) {
-        for pair in self.pairs.values_mut().filter(|pair| pair.ike == from) {
+        for (sa, pair) in self.pairs.iter_mut().filter(|(_, pair)| pair.ike == from) {
             pair.ike = to;
+            self.changed.insert(*sa);
         }
     }
 
@@ -326,6 +362,7 @@ impl Handover {
 
     fn forget(&mut self, sa: ChildSaId, reason: DownReason) -> Option<Event> {
         let pair = self.pairs.remove(&sa)?;
+        self.changed.insert(sa);
         self.waiting -= usize::from(pair.usage.waits());
         Some(Event::ChildDown {
             peer: pair.peer,

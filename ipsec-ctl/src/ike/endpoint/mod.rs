@@ -8,16 +8,18 @@ mod handover;
 mod index;
 mod init;
 mod peers;
+mod saved;
 mod shared;
 mod unprotected;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
 pub(super) use handover::{HANDOVER, Origin};
+pub use saved::{Part, RestoreError};
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Present, Shared, nat_hash};
 
@@ -31,6 +33,7 @@ use super::{
     sa::{Closed, FollowUp, IkeSa, Packet, Start, State},
     time::Time,
 };
+use crate::wiped::Wiped;
 
 /// Time for which an IKE SA that was replaced still receives. The side that started the new one deletes it; the other
 /// waits longer and does so only if that side does not.
@@ -50,6 +53,12 @@ pub struct Endpoint {
     index: Index,
     /// IKE SAs that the call under way has dealt with.
     touched: Vec<IkeSaId>,
+    /// IKE SAs that are not saved as they are now.
+    changed: BTreeSet<IkeSaId>,
+    /// What all share, as it was saved last.
+    saved_common: Wiped,
+    /// Jobs whose results are owed.
+    under_way: BTreeMap<IkeSaId, Vec<Job>>,
     cookies: Cookies,
     /// Responses to those who have no IKE SA with us.
     courtesy: Rate,
@@ -68,6 +77,9 @@ impl Endpoint {
             by_spi: HashMap::new(),
             index: Index::default(),
             touched: Vec::new(),
+            changed: BTreeSet::new(),
+            saved_common: Wiped::default(),
+            under_way: BTreeMap::new(),
             cookies,
             courtesy: Rate::default(),
             complaints: Rate::default(),
@@ -148,6 +160,9 @@ impl Endpoint {
     /// Takes the result of a job.
     pub fn handle_job(&mut self, now: Time, result: JobResult) {
         self.touched.push(result.ike);
+        if let Some(jobs) = self.under_way.get_mut(&result.ike) {
+            jobs.retain(|job| job.id != result.id);
+        }
         if let Some(sa) = self.sas.get_mut(&result.ike) {
             sa.handle_job(&mut self.shared, now, result);
         }
@@ -195,7 +210,9 @@ impl Endpoint {
 
     /// The next job to compute.
     pub fn poll_job(&mut self) -> Option<Job> {
-        self.shared.jobs.pop_front()
+        let job = self.shared.jobs.pop_front()?;
+        self.under_way.entry(job.ike).or_default().push(job.clone());
+        Some(job)
     }
 
     /// Datagrams refused so far, by reason.
@@ -267,9 +284,7 @@ impl Endpoint {
                 sa,
                 inbound,
                 outbound,
-            } => self.with_child(sa, |ike, shared| {
-                ike.traffic(shared, now, sa, inbound, outbound);
-            }),
+            } => return self.traffic(now, sa, (inbound, outbound)),
             Command::Expiring(sa) => self.with_child(sa, |ike, shared| {
                 ike.volume_reached(shared, now, sa, false);
             }),
@@ -299,6 +314,22 @@ impl Endpoint {
         self.touched.extend(self.sas.keys());
         for sa in self.sas.values_mut() {
             sa.addresses_changed(&mut self.shared, now);
+        }
+        self.settle(now);
+    }
+
+    /// What SAs have carried is told every second, and need not be saved each time.
+    fn traffic(&mut self, now: Time, sa: ChildSaId, (inbound, outbound): (u64, u64)) {
+        let saved = self
+            .shared
+            .owner(sa)
+            .filter(|ike| !self.changed.contains(ike));
+        self.with_child(sa, |ike, shared| {
+            ike.traffic(shared, now, sa, inbound, outbound);
+        });
+        self.settle(now);
+        if let (Some(ike), false) = (saved, self.has_output()) {
+            self.changed.remove(&ike);
         }
     }
 
@@ -392,15 +423,6 @@ impl Endpoint {
     #[cfg(test)]
     pub(super) fn has_met(&mut self, peer: PeerId) {
         self.shared.attempt_succeeded(peer);
-    }
-
-    /// Saves every IKE SA and restores it from what was saved.
-    #[cfg(test)]
-    pub(super) fn save_and_restore(&mut self) {
-        for sa in self.sas.values_mut() {
-            let saved = serde_json::to_vec(sa).unwrap();
-            *sa = serde_json::from_slice(&saved).unwrap();
-        }
     }
 
     /// Begins an IKE SA with a configured peer, at the address whose turn it is.
@@ -501,7 +523,9 @@ impl Endpoint {
             let Some(sa) = self.sas.get(&id) else {
                 continue;
             };
+            self.changed.insert(id);
             if sa.state == State::Closed {
+                self.under_way.remove(&id);
                 self.by_spi.remove(&sa.our_spi());
                 self.shared.release_ike_spi(sa.our_spi());
                 self.index.remove(id);

@@ -52,6 +52,8 @@ pub(super) struct Peers {
     /// By configured address; none for those that may be anywhere.
     at: HashMap<Option<IpAddr>, BTreeSet<PeerId>>,
     attempts: BTreeSet<(Time, PeerId)>,
+    /// Peers with IKE SAs that were restored before the peers are known again.
+    pub(super) met_before: BTreeSet<PeerId>,
 }
 
 impl Peers {
@@ -109,6 +111,7 @@ impl Shared {
                 }
             }
             None => {
+                let met = self.peers.met_before.remove(&id);
                 let peer = Peer {
                     config,
                     wanted: None,
@@ -117,7 +120,7 @@ impl Shared {
                     next_way: 0,
                     trying: None,
                     again_at: None,
-                    met: false,
+                    met,
                     dormant: BTreeSet::new(),
                 };
                 self.peers.by_id.insert(id, peer);

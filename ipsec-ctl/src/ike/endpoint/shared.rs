@@ -7,6 +7,7 @@ use std::{
 };
 
 use ring::digest;
+use serde::{Deserialize, Serialize};
 
 use super::{
     handover::{Handover, Origin},
@@ -88,13 +89,19 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) present: Vec<Present>,
     /// Our addresses that peers may be told of.
     pub(in crate::ike) addresses: Vec<IpAddr>,
-    spis: BTreeSet<u32>,
-    ike_spis: BTreeSet<IkeSpi>,
-    handover: Handover,
+    pub(super) spis: BTreeSet<u32>,
+    pub(super) ike_spis: BTreeSet<IkeSpi>,
+    pub(super) handover: Handover,
     refusals: BTreeMap<Refusal, u64>,
-    next_job: u64,
-    next_child: u64,
-    next_ike: u64,
+    pub(super) next: Numbers,
+}
+
+/// Numbers that are given out next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Numbers {
+    job: u64,
+    child: u64,
+    ike: u64,
 }
 
 impl Shared {
@@ -113,9 +120,11 @@ impl Shared {
             ike_spis: BTreeSet::new(),
             handover: Handover::default(),
             refusals: BTreeMap::new(),
-            next_job: 1,
-            next_child: 1,
-            next_ike: 1,
+            next: Numbers {
+                job: 1,
+                child: 1,
+                ike: 1,
+            },
         }
     }
 
@@ -149,21 +158,21 @@ impl Shared {
     }
 
     pub(in crate::ike) fn next_job(&mut self) -> JobId {
-        let id = JobId(self.next_job);
-        self.next_job += 1;
+        let id = JobId(self.next.job);
+        self.next.job += 1;
         id
     }
 
     pub(in crate::ike) fn next_child(&mut self) -> ChildSaId {
-        let id = ChildSaId(self.next_child);
-        self.next_child += 1;
+        let id = ChildSaId(self.next.child);
+        self.next.child += 1;
         id
     }
 
     /// A name for an IKE SA.
     pub(in crate::ike) fn next_ike(&mut self) -> IkeSaId {
-        let id = IkeSaId(self.next_ike);
-        self.next_ike += 1;
+        let id = IkeSaId(self.next.ike);
+        self.next.ike += 1;
         id
     }
 

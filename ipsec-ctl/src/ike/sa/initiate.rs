@@ -94,6 +94,7 @@ impl IkeSa {
             children: Vec::new(),
             children_at: None,
             children_since: None,
+            made_by_last_answer: None,
             child_failures: 0,
             heard: now,
             sent: now,

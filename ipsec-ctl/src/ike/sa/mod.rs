@@ -269,6 +269,8 @@ pub(super) struct IkeSa {
     children_since: Option<Time>,
     /// Children refused since one came up last.
     child_failures: u32,
+    /// The pair that our answer to the peer's last request has made: whether the peer has that is not known before its next.
+    made_by_last_answer: Option<ChildSaId>,
     heard: Time,
     sent: Time,
     /// One that was started at once with this one, and goes if this one is heard of again.
@@ -316,6 +318,32 @@ impl IkeSa {
                         ..
                     })
                 ))
+    }
+
+    /// It was saved and is restored: what has no response yet is sent again at once, and the peer has all its time to answer.
+    pub(super) fn go_on(&mut self, now: Time) {
+        if let Some(outstanding) = &mut self.outstanding {
+            outstanding.first_sent = now;
+            outstanding.again_at = now;
+        }
+    }
+
+    /// SPIs of ours that are taken for what is not made yet: of IKE SAs and of ESP.
+    pub(super) fn pending_spis(&self) -> (Vec<IkeSpi>, Vec<u32>) {
+        let (mut ike, mut esp) = (Vec::new(), Vec::new());
+        if let Some(outstanding) = &self.outstanding {
+            esp.extend(outstanding.exchange.spi());
+            if let Exchange::RekeyIke(pending) = &outstanding.exchange {
+                ike.push(pending.spi);
+            }
+        }
+        for waiting in self.asking.iter().chain(&self.answering) {
+            esp.extend(waiting.what.spi());
+            if let ChildJob::Ike(job) = &waiting.what {
+                ike.push(job.spi());
+            }
+        }
+        (ike, esp)
     }
 
     /// Our own SPI.

@@ -304,6 +304,7 @@ impl IkeSa {
         } else {
             self.follow(shared, from);
             self.asked_from = from;
+            self.made_by_last_answer = None;
             let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
             self.handle_request(shared, now, header, bytes, first, &chain);
             // A further request proves that our last response has arrived, and what it agreed on is installed.

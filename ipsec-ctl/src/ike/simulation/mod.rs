@@ -14,6 +14,7 @@ mod pair;
 mod peers;
 mod refusals;
 mod rekey;
+mod restarts;
 mod search;
 mod transport;
 mod upkeep;

@@ -9,7 +9,7 @@ use ipsec_common::maps::SA_SLOTS;
 use super::*;
 use crate::dataplane::xdp::{
     af_xdp::{socket::open_all, umem::Umem},
-    words::WordsArray,
+    words::{Tag, WordsArray},
 };
 use crate::skip::skip;
 
@@ -582,7 +582,7 @@ fn an_sa_past_its_hard_limit_is_dropped_with_nobody_awake() {
         let link = bed.link;
         bed.program.activate(link, MAC).unwrap();
         let array = WordsArray::of_bpf_array(bed.program.words().unwrap(), SA_SLOTS).unwrap();
-        let words = array.allocate().unwrap();
+        let words = array.allocate(Tag::some(1)).unwrap();
         bed.program
             .set_inbound(SPI, HOST.parse().unwrap(), words.slot(), true)
             .unwrap();

@@ -48,6 +48,7 @@ fn install(gateway: &Gateway, id: u64, line: Line) {
         false,
     );
     spec.id = SaId(id);
+    spec.spi = Spi(u32::try_from(id).unwrap());
     spec.selectors.remote = network_of(line.remote, line.port);
     gateway.tables.install(&spec).unwrap();
 }

@@ -168,7 +168,11 @@ impl IkeSa {
             local: agreed.local.clone(),
             remote: agreed.remote.clone(),
             outer: self.outer(shared),
+            since: now,
         };
+        if origin == Origin::Answered {
+            self.made_by_last_answer = Some(id);
+        }
         shared.install(now, up, sa.line, origin);
         self.children.push(sa);
         self.children_since = Some(now);
@@ -254,6 +258,10 @@ impl IkeSa {
     ) {
         if !hard {
             return self.wish_rekeyed(shared, now, sa);
+        }
+        if self.made_by_last_answer == Some(sa) {
+            // The peer may not have it yet, and would not understand its Delete; nor would it understand its own answer then.
+            return self.delete(shared, now, DownReason::Expired);
         }
         let spis = self.end_children(shared, now, DownReason::Expired, |child| child.id == sa);
         if !spis.is_empty() {
