@@ -60,9 +60,9 @@ impl Witness {
 
     /// What names an encrypted message names one message.
     fn sends(&mut self, bytes: &[u8]) {
-        const IKE_SA_INIT: u8 = 34;
+        const ENCRYPTED: u8 = 46;
         const FRAGMENT: u8 = 53;
-        if bytes.len() < 36 || bytes[18] == IKE_SA_INIT {
+        if bytes.len() < 36 || ![ENCRYPTED, FRAGMENT].contains(&bytes[16]) {
             return;
         }
         let mut name = [&bytes[..16], &bytes[19..24]].concat();
