@@ -18,6 +18,7 @@ use ipsec_tests::{
 fn main() -> ExitCode {
     suite::main(&cases![
         [] daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost,
+        [] long daemons_that_are_killed_under_a_heavy_stream_lose_no_packet,
         [] a_daemon_that_leaves_its_tunnels_finds_them_again,
         [] a_rekeying_after_a_restart_goes_on_from_where_it_was,
         [] what_the_configuration_does_not_want_any_more_is_ended_by_the_next_daemon,
@@ -59,6 +60,15 @@ fn sas(gateway: &Gateway<'_>) -> anyhow::Result<BTreeSet<String>> {
 }
 
 fn daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost() -> anyhow::Result<()> {
+    daemons_are_killed_at(RATE)
+}
+
+/// At a rate that takes a machine with nothing else to do.
+fn daemons_that_are_killed_under_a_heavy_stream_lose_no_packet() -> anyhow::Result<()> {
+    daemons_are_killed_at(20_000)
+}
+
+fn daemons_are_killed_at(rate: u32) -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (mut a, mut b) = start_default(&topology)?;
     // Next hops are known and paths settled, so that what is lost below is lost by the death of the daemons.
@@ -67,7 +77,7 @@ fn daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost() -> any
     let planes = [a.data_plane(), b.data_plane()];
     ensure!(planes.iter().all(Option::is_some), "{planes:?}");
     let capture = Capture::start(&topology.router)?;
-    let flows = flows(&topology, RATE)?;
+    let flows = flows(&topology, rate)?;
     for gateway in [&mut a, &mut b] {
         gateway.kill()?;
         gateway.run()?;

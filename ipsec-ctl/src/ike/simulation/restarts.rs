@@ -202,6 +202,8 @@ struct Node {
     lives: u64,
     /// What it can still do before it dies; for ever if there is none.
     fuse: Option<u32>,
+    /// The fuse of the daemon that comes after it.
+    next_fuse: Option<u32>,
     deaths: u32,
 }
 
@@ -221,6 +223,7 @@ impl Node {
             seed,
             lives: 0,
             fuse: None,
+            next_fuse: None,
             deaths: 0,
         };
         node.configure(Time::default());
@@ -453,22 +456,17 @@ impl World {
         }
     }
 
-    /// Lets a node do what there is to do; one that dies of it comes back, with a fuse that does not burn.
+    /// Lets a node do what there is to do; one that dies of it comes back, and may die of that.
     fn drain(&mut self, index: usize) {
-        let node = &mut self.nodes[index];
-        if node
-            .drain(self.now, &mut self.network, &mut self.witness)
-            .is_ok()
-        {
-            return;
+        let (now, node) = (self.now, &mut self.nodes[index]);
+        let mut alive = node.drain(now, &mut self.network, &mut self.witness);
+        while alive.is_err() {
+            node.deaths += 1;
+            node.fuse = node.next_fuse.take();
+            alive = node
+                .come_back(now)
+                .and_then(|()| node.drain(now, &mut self.network, &mut self.witness));
         }
-        node.deaths += 1;
-        node.fuse = None;
-        assert!(node.come_back(self.now).is_ok());
-        assert!(
-            node.drain(self.now, &mut self.network, &mut self.witness)
-                .is_ok()
-        );
     }
 
     fn deliver(&mut self, flight: &Flight) {
@@ -550,7 +548,7 @@ impl World {
     fn end_well(&mut self) {
         self.network.conditions = Conditions::PERFECT;
         for node in &mut self.nodes {
-            node.fuse = None;
+            (node.fuse, node.next_fuse) = (None, None);
         }
         self.run(Duration::from_secs(400));
         self.assert_agreement();
@@ -579,14 +577,15 @@ fn wish(world: &mut World, index: usize, wish: Wish) {
     }
 }
 
-/// What happens, and who dies of it after how many acts; tells whether anybody did.
-fn dies_once(what: Option<(usize, Wish)>, who: usize, fuse: u32) -> bool {
+/// What happens, and who dies of it after how many acts, and perhaps once more; tells whether anybody did.
+fn dies(what: Option<(usize, Wish)>, who: usize, fuse: u32, again: Option<u32>) -> bool {
     let mut world = World::new(1, Conditions::PERFECT);
     if what.is_some() {
         world.run(Duration::from_secs(12));
         world.assert_agreement();
     }
     world.nodes[who].fuse = Some(fuse);
+    world.nodes[who].next_fuse = again;
     if let Some((side, what)) = what {
         wish(&mut world, side, what);
     }
@@ -604,20 +603,26 @@ fn wherever_a_daemon_dies_in_an_exchange_both_ends_agree_and_nothing_is_used_twi
     }
     for what in whats {
         for who in [0, 1] {
-            let mut fuse = 0;
-            loop {
-                let died =
-                    panic::catch_unwind(|| dies_once(what, who, fuse)).unwrap_or_else(|cause| {
-                        eprintln!("{what:?}: node {who} dies after {fuse} acts");
-                        panic::resume_unwind(cause);
-                    });
-                if !died {
-                    break;
-                }
-                fuse += 1;
+            for again in [None, Some(1), Some(3), Some(6)] {
+                let least = everywhere(what, who, again);
+                assert!(least > 5, "{what:?}: nobody has died");
             }
-            assert!(fuse > 5, "{what:?}: nobody has died");
         }
+    }
+}
+
+/// Runs what happens with every fuse that burns down; tells how many those are.
+fn everywhere(what: Option<(usize, Wish)>, who: usize, again: Option<u32>) -> u32 {
+    let mut fuse = 0;
+    loop {
+        let died = panic::catch_unwind(|| dies(what, who, fuse, again)).unwrap_or_else(|cause| {
+            eprintln!("{what:?}: node {who} dies after {fuse} acts, and after {again:?}");
+            panic::resume_unwind(cause);
+        });
+        if !died {
+            return fuse;
+        }
+        fuse += 1;
     }
 }
 
@@ -640,7 +645,13 @@ fn live(seed: u64) {
             3 => wish(&mut world, side, Wish::DeleteChild),
             4 => world.nodes[side].lose_plane(world.now, false),
             5 if random.percent(30) => world.nodes[side].lose_plane(world.now, true),
-            _ => world.nodes[side].fuse = Some(u32::try_from(random.below(40)).unwrap()),
+            _ => {
+                let node = &mut world.nodes[side];
+                node.fuse = Some(u32::try_from(random.below(40)).unwrap());
+                node.next_fuse = random
+                    .percent(30)
+                    .then(|| u32::try_from(random.below(10)).unwrap());
+            }
         }
         world.run(Duration::from_millis(random.below(8000)));
     }
