@@ -2,6 +2,7 @@
 
 mod card;
 mod repair;
+mod resume;
 mod tunnel;
 
 use std::{
@@ -30,9 +31,9 @@ use super::{
 use crate::{
     dataplane::{
         seam::{
-            Before, ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind,
-            Mode, Offload, Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats,
-            SelectorPair, Survey, TunnelFacts, TunnelId, TunnelSpec,
+            ChildId, Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, Mode,
+            Offload, Outer, PathCounters, Rejected, SaFacts, SaId, SaSpec, SaStats, SelectorPair,
+            Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
         xdp::{engine::Lodge, slow::monotonic_seconds},
     },
@@ -399,33 +400,6 @@ impl Inner {
         }
         let sa = all.sas.get(&spec.id).ok_or(Rejected::UnknownSa)?;
         Ok(sa.ledger.clone())
-    }
-
-    /// An SA that this engine has stays. States that another process has left are never taken over.
-    async fn resume(
-        &self,
-        all: &mut Everything,
-        spec: &SaSpec,
-        before: Before,
-    ) -> Result<Ledger, Rejected> {
-        let known = all.sas.get(&spec.id).filter(|sa| {
-            (sa.tunnel, sa.direction, sa.spi) == (spec.tunnel, spec.direction, spec.spi)
-        });
-        let Some(ledger) = known.map(|sa| sa.ledger.clone()) else {
-            let is_over = spec
-                .lifetime
-                .expires
-                .is_some_and(|at| at <= monotonic_seconds());
-            return match before {
-                // What this engine has had since, it has still.
-                Before::InDoubt(at) if self.since + 1 < at && !is_over => {
-                    self.install(all, spec).await
-                }
-                Before::InDoubt(_) | Before::Installed => Err(Rejected::Uncounted),
-            };
-        };
-        self.move_outer(all, spec.id, spec.outer)?;
-        Ok(ledger)
     }
 
     /// Removes an SA that may be gone already.
