@@ -172,7 +172,7 @@ impl Gateway {
         let lost = self.go_on().await;
         let _ = self.engine.command(seam::Command::Configured).await;
         for sa in lost {
-            self.endpoint.handle_command(now, Command::Expired(sa));
+            self.endpoint.handle_command(now, Command::Lost(sa));
         }
         Ok(())
     }

@@ -53,7 +53,7 @@ impl Gateway {
         let lost = self.resume_all().await;
         let now = self.now();
         for sa in lost {
-            self.endpoint.handle_command(now, Command::Expired(sa));
+            self.endpoint.handle_command(now, Command::Lost(sa));
         }
         for id in tunnels {
             self.set_carrier(id).await;

@@ -60,6 +60,8 @@ pub enum Command {
     Expiring(ChildSaId),
     /// An SA pair has reached its limits and carries nothing more.
     Expired(ChildSaId),
+    /// An SA pair cannot go on, perhaps before the peer knows of it.
+    Lost(ChildSaId),
     /// An authentic ESP packet of the pair came from another address or port.
     PeerMoved(ChildSaId, SocketAddr),
     /// Our addresses in all: those of the host that peers may be told of.

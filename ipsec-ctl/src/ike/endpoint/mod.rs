@@ -291,6 +291,7 @@ impl Endpoint {
             Command::Expired(sa) => self.with_child(sa, |ike, shared| {
                 ike.volume_reached(shared, now, sa, true);
             }),
+            Command::Lost(sa) => self.with_child(sa, |ike, shared| ike.lost(shared, now, sa)),
             Command::PeerMoved(sa, remote) => {
                 self.with_child(sa, |ike, shared| ike.peer_moved(shared, now, remote));
             }

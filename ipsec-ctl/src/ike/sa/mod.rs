@@ -40,7 +40,7 @@ use super::{
 use child::ChildJob;
 pub(super) use child::{ChildSa, Packet, PendingChild};
 pub(super) use initiate::Start;
-use rekey::{IkeJob, Lifetime, PendingIke, Succession};
+use rekey::{IkeJob, Lifetime, PendingIke, Standing, Succession};
 pub(super) use respond::Accept;
 
 /// Time within which two IKE SAs that both sides have started count as started at once.
@@ -355,8 +355,11 @@ impl IkeSa {
         }
     }
 
+    /// Whether there is a pair for a configured child that nothing takes the place of.
     pub(super) fn has_child(&self, child: ChildName) -> bool {
-        self.children.iter().any(|sa| sa.child == child)
+        self.children
+            .iter()
+            .any(|sa| sa.child == child && sa.standing == Standing::InForce)
     }
 
     /// Whether it is, or is about to be, the one for a configured child.

@@ -304,6 +304,9 @@ impl Node {
 
     fn act(&mut self, event: Event) -> Alive {
         self.burn()?;
+        if std::env::var_os("IPSEC_XDP_TRACE").is_some() {
+            eprintln!("{} {event:?}", self.address);
+        }
         match event {
             Event::ChildUp(up) => {
                 let sa = up.sa;
@@ -410,7 +413,7 @@ impl Node {
         }
         self.plane.configured();
         for sa in lost {
-            self.endpoint.handle_command(now, Command::Expired(sa));
+            self.endpoint.handle_command(now, Command::Lost(sa));
         }
         Ok(())
     }
@@ -424,7 +427,7 @@ impl Node {
         }
         let lost = self.resume_all();
         for sa in lost {
-            self.endpoint.handle_command(now, Command::Expired(sa));
+            self.endpoint.handle_command(now, Command::Lost(sa));
         }
         self.plane.configured();
     }
@@ -571,7 +574,7 @@ fn wish(world: &mut World, index: usize, wish: Wish) {
         Wish::RekeyIke => node.tell(now, Command::Rekey(PEER, Rekey::Ike)),
         Wish::DeleteChild => {
             if let Some(sa) = node.pairs.keys().next_back().copied() {
-                node.tell(now, Command::Expired(sa));
+                node.tell(now, Command::Lost(sa));
             }
         }
     }

@@ -248,6 +248,16 @@ impl IkeSa {
         }
     }
 
+    /// A pair cannot go on, though nobody wants it to end. While the peer may not have our answer that has made it, it would take
+    /// a Delete for one of a pair that it does not know, and install the pair afterwards: then all of the IKE SA ends.
+    pub(in crate::ike) fn lost(&mut self, shared: &mut Shared, now: Time, sa: ChildSaId) {
+        if self.made_by_last_answer == Some(sa) {
+            self.delete(shared, now, DownReason::Expired);
+        } else {
+            self.volume_reached(shared, now, sa, true);
+        }
+    }
+
     /// The data plane has reached a limit by volume.
     pub(in crate::ike) fn volume_reached(
         &mut self,
@@ -258,10 +268,6 @@ impl IkeSa {
     ) {
         if !hard {
             return self.wish_rekeyed(shared, now, sa);
-        }
-        if self.made_by_last_answer == Some(sa) {
-            // The peer may not have it yet, and would not understand its Delete; nor would it understand its own answer then.
-            return self.delete(shared, now, DownReason::Expired);
         }
         let spis = self.end_children(shared, now, DownReason::Expired, |child| child.id == sa);
         if !spis.is_empty() {
