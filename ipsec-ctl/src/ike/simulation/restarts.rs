@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Seeds that are run unless the environment says otherwise.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 150;
 
 /// The daemon is dead.
 struct Died;
@@ -509,6 +509,9 @@ impl World {
                 self.deliver(&flight);
             }
             self.traffic();
+            if self.nodes.iter().any(|node| !node.jobs.is_empty()) {
+                continue;
+            }
             let timers = self.nodes.iter().map(|node| node.endpoint.poll_timeout());
             let next = timers.chain([self.network.next_arrival()]).flatten().min();
             match next {
