@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Seeds that are run unless the environment says otherwise.
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 100;
 
 /// The daemon is dead.
 struct Died;
