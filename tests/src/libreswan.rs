@@ -28,6 +28,8 @@ pub struct Connection {
     pub ike: String,
     /// ESP proposal; with a group, children made or rekeyed later have a key exchange of their own.
     pub esp: String,
+    /// Its own address, or `%defaultroute` for the kernel's choice.
+    pub own: String,
     /// Our address, or any.
     pub peer: String,
     /// Its children: name, its side, our side.
@@ -43,6 +45,7 @@ impl Connection {
         Self {
             ike: ike.to_owned(),
             esp: esp.to_owned(),
+            own: Side::B.outside(Family::V4).to_string(),
             peer: Side::A.outside(Family::V4).to_string(),
             children: vec![["net".to_owned(), prefix(Side::B), prefix(Side::A)]],
             lines: Vec::new(),
@@ -64,7 +67,7 @@ impl Connection {
                 "\nconn {name}\n    left={}\n    right={}\n    leftid=@b.example\n    rightid=@a.example\n    \
                  leftsubnet={local}\n    rightsubnet={remote}\n    authby=secret\n    ikev2=insist\n    ike={}\n    esp={}\n    \
                  pfs={pfs}\n    leftupdown=%disabled\n    auto=ignore\n",
-                Side::B.outside(Family::V4),
+                self.own,
                 self.peer,
                 algorithms(&self.ike),
                 esp_algorithms(&self.esp),

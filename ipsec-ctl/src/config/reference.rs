@@ -205,7 +205,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "return_routability",
                 "`true`, `false`",
                 "`true`",
-                "Whether a peer that moves must show that it receives at its new address before ESP goes there. Without it the move takes a round trip less, and a peer can direct what we send it to others.",
+                "Whether a peer that moves must show that it receives at its new address before ESP goes there. Without it the move takes a round trip less, and a peer can direct what we send it to others. libreswan, as the side that moves, sends no such proof: its tunnels need `false`.",
             ),
             key(
                 "childless",

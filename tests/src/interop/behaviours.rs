@@ -470,7 +470,7 @@ fn we_rekey(column: &Column) -> anyhow::Result<()> {
     let (mut tunnel, connection) = column.plan();
     tunnel.children[0]
         .lines
-        .push("lifetime_packets = 300".to_owned());
+        .push("lifetime_packets = 1000".to_owned());
     let (gateway, swan) = column.up(&topology, (tunnel, &connection))?;
     let spi = || {
         let child = &gateway.tunnel("site")?.children[0];

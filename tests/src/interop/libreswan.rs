@@ -175,7 +175,7 @@ fn moves(column: &Column) -> anyhow::Result<()> {
     if column.we_initiate {
         "%any".clone_into(&mut connection.peer);
     } else {
-        connection.lines.push("left=%defaultroute".to_owned());
+        "%defaultroute".clone_into(&mut connection.own);
     }
     // Its answers hold no COOKIE2, so that it cannot show that it is where it claims to be.
     let tunnel = tunnel.with("return_routability = false");

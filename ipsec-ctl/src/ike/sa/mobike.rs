@@ -440,7 +440,8 @@ impl IkeSa {
             .is_some_and(|cookie| bool::from(cookie.data.ct_eq(&probe.cookie)));
         if !same {
             // RFC 4555 section 3.7: who answers without having seen the request is not where it claims to be.
-            let detail = "its answer does not hold the cookie of our request".to_owned();
+            let detail = "its answer does not hold our cookie; a peer that knows none needs return_routability = false";
+            let detail = detail.to_owned();
             self.fail(shared, Stage::Move, FailureReason::BadMessage, detail);
             self.delete(shared, now, DownReason::Protocol);
         }
