@@ -1,3 +1,5 @@
+//! The journal in files: what is read back, what is cut off, what is not used.
+
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;

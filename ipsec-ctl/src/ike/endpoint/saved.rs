@@ -11,17 +11,15 @@ use std::{collections::VecDeque, io, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use super::{Endpoint, handover::Pair, shared::Numbers};
-use crate::{
-    ike::{
-        config::EndpointConfig,
-        event::{ChildSaId, Event, IkeSaId},
-        job::Job,
-        rng::Random,
-        sa::{IkeSa, State},
-        time::Time,
-    },
-    wiped::Wiped,
+use crate::ike::{
+    config::EndpointConfig,
+    event::{ChildSaId, Event, IkeSaId},
+    job::Job,
+    rng::Random,
+    sa::{IkeSa, State},
+    time::Time,
 };
+use crate::wiped::Wiped;
 
 /// Names a part of what is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -19,17 +19,15 @@ use super::{
     pair::{A, B, PEER, limits},
     upkeep::with_children,
 };
-use crate::{
-    ike::{
-        Endpoint,
-        config::{PeerConfig, Role},
-        endpoint::Part,
-        event::{ChildSaId, ChildUp, Command, Event, Rekey},
-        job::JobResult,
-        time::Time,
-    },
-    wiped::Wiped,
+use crate::ike::{
+    Endpoint,
+    config::{PeerConfig, Role},
+    endpoint::Part,
+    event::{ChildSaId, ChildUp, Command, Event, Rekey},
+    job::JobResult,
+    time::Time,
 };
+use crate::wiped::Wiped;
 
 /// Seeds that are run unless the environment says otherwise.
 const SEEDS: u64 = 100;
