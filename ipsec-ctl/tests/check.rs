@@ -71,7 +71,7 @@ fn a_valid_configuration_is_shown_as_it_was_understood() {
     assert!(output.status.success());
     assert!(output.stderr.is_empty());
     assert!(
-        shown.contains("1 tunnel(s)") && shown.contains("net: 10.1.0.0/24 <-> 10.2.0.0/24"),
+        shown.contains("valid: 1 tunnel\n") && shown.contains("net: 10.1.0.0/24 <-> 10.2.0.0/24"),
         "{shown}"
     );
     assert!(
