@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn every_suite_is_one_that_we_can_read() {
         let all = suites();
-        assert_eq!(all.len(), 25);
+        assert_eq!(all.len(), 27);
         for (ike, esp) in all {
             assert!(ike.parse::<IkeProposal>().is_ok(), "{ike}");
             assert!(esp.parse::<EspProposal>().is_ok(), "{esp}");
