@@ -514,9 +514,12 @@ impl<'a> Gateway<'a> {
         tail(&self.file("log"), lines)
     }
 
-    /// Whether its log has this text.
+    /// Whether its log has this text, which a thread of its own may write a moment later.
     pub fn has_logged(&self, text: &str) -> bool {
-        self.log(usize::MAX).contains(text)
+        wait_for("a line of the log", Duration::from_secs(2), || {
+            Ok(self.log(usize::MAX).contains(text).then_some(()))
+        })
+        .is_ok()
     }
 
     /// Process id of the running daemon.
