@@ -492,12 +492,7 @@ fn a_fresh_ike_sa_takes_over_before_the_old_one_ends() {
     for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
         let mut config = peer(remote, role);
         config.children[0].lifetime = Duration::from_secs(100);
-        let command = Command::SetPeer(Box::new(config));
-        if remote == B {
-            pair.tell_a(command);
-        } else {
-            pair.tell_b(command);
-        }
+        pair.set_peer(remote, config);
     }
     pair.up_a();
     let mut spis = std::collections::BTreeSet::new();

@@ -149,12 +149,7 @@ fn set(pair: &mut Pair, count: u32, change: impl Fn(&mut crate::ike::config::Pee
     for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
         let mut config = with_children(remote, role, count);
         change(&mut config);
-        let command = Command::SetPeer(Box::new(config));
-        if remote == B {
-            pair.tell_a(command);
-        } else {
-            pair.tell_b(command);
-        }
+        pair.set_peer(remote, config);
     }
 }
 

@@ -336,6 +336,16 @@ impl Pair {
         self.b.command(self.now, &mut self.network, command);
     }
 
+    /// Tells the end whose peer is at `remote` about it.
+    pub(super) fn set_peer(&mut self, remote: IpAddr, config: PeerConfig) {
+        let command = Command::SetPeer(Box::new(config));
+        if remote == B {
+            self.tell_a(command);
+        } else {
+            self.tell_b(command);
+        }
+    }
+
     pub(super) fn up_a(&mut self) {
         self.tell_a(Command::Up(PEER, SocketAddr::new(A, 500)));
     }

@@ -147,12 +147,7 @@ fn up_with(mode: DpdMode, on_dead: &[OnDead]) -> Pair {
                 child
             })
             .collect();
-        let command = Command::SetPeer(Box::new(config));
-        if remote == B {
-            pair.tell_a(command);
-        } else {
-            pair.tell_b(command);
-        }
+        pair.set_peer(remote, config);
     }
     pair.up_a();
     pair.run(Duration::from_secs(3));

@@ -188,12 +188,7 @@ fn lifetimes_replace_children_over_and_over_on_any_network() {
             for child in &mut config.children {
                 child.lifetime = Duration::from_secs(60 + random.below(60));
             }
-            let command = Command::SetPeer(Box::new(config));
-            if remote == B {
-                pair.tell_a(command);
-            } else {
-                pair.tell_b(command);
-            }
+            pair.set_peer(remote, config);
         }
         for id in 0..3 {
             rekey_at_a(&mut pair, id);

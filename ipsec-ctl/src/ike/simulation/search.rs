@@ -158,12 +158,7 @@ fn assert_no_loss(pair: &Pair) {
 fn run(at_a: Wish, at_b: Wish, decisions: &[usize]) -> Vec<usize> {
     let mut pair = Pair::new(1, Conditions::PERFECT);
     for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
-        let command = Command::SetPeer(Box::new(with_children(remote, role, 1)));
-        if remote == B {
-            pair.tell_a(command);
-        } else {
-            pair.tell_b(command);
-        }
+        pair.set_peer(remote, with_children(remote, role, 1));
     }
     pair.up_a();
     pair.run(Duration::from_secs(12));

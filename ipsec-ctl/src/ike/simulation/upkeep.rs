@@ -201,12 +201,7 @@ fn every_packet_finds_its_sa_while_ike_sas_replace_each_other() {
             let mut config = with_children(remote, role, 4);
             config.lifetime = Duration::from_secs(200);
             config.reauth = true;
-            let command = Command::SetPeer(Box::new(config));
-            if remote == B {
-                pair.tell_a(command);
-            } else {
-                pair.tell_b(command);
-            }
+            pair.set_peer(remote, config);
         }
         pair.up_a();
         pair.run(Duration::from_secs(10));
