@@ -336,6 +336,18 @@ impl<'a> Gateway<'a> {
         tunnel.with_context(|| format!("no tunnel {name}"))
     }
 
+    /// SPIs of a tunnel's IKE SA and of what its first child receives on: others after a rekeying.
+    ///
+    /// # Errors
+    ///
+    /// It is not up.
+    pub fn spis(&self, tunnel: &str) -> anyhow::Result<(String, u32)> {
+        let tunnel = self.tunnel(tunnel)?;
+        let child = tunnel.children.first().context("no child")?;
+        let inbound = child.inbound.context("no inbound SA")?.spi;
+        Ok((tunnel.ike.context("no IKE SA")?.initiator_spi, inbound))
+    }
+
     /// Brings a tunnel up.
     ///
     /// # Errors

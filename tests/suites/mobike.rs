@@ -85,13 +85,6 @@ fn wait_at(gateway: &Gateway<'_>, ours: IpAddr, theirs: IpAddr) -> anyhow::Resul
     Ok(())
 }
 
-/// SPIs of the IKE SA and of the child, which stay when addresses change.
-fn spis(gateway: &Gateway<'_>) -> anyhow::Result<(String, u32)> {
-    let tunnel = gateway.tunnel("site")?;
-    let inbound = tunnel.children[0].inbound.context("no inbound SA")?;
-    Ok((tunnel.ike.context("no IKE SA")?.initiator_spi, inbound.spi))
-}
-
 /// Waits until packets get through again, both ways.
 fn wait_traffic(topology: &Topology) -> anyhow::Result<()> {
     wait_for("packets after a move", PATIENCE, || {
@@ -108,7 +101,7 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
         "{}",
         a.shown_status()?
     );
-    let before = (spis(&a)?, spis(&b)?);
+    let before = (a.spis("site")?, b.spis("site")?);
     let flows = flows(&topology)?;
     let at_a = renumber(&topology, Side::A)?;
     wait_at(&a, at_a, Side::B.outside(V4))?;
@@ -119,14 +112,17 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
     wait_at(&a, at_a, at_b)?;
     wait_traffic(&topology)?;
     cut(flows, 2).with_context(|| format!("{}\n{}", a.log(20), b.log(20)))?;
-    ensure!((spis(&a)?, spis(&b)?) == before, "the SAs are others");
+    ensure!(
+        (a.spis("site")?, b.spis("site")?) == before,
+        "the SAs are others"
+    );
     capture.stop().is_clean()
 }
 
 fn a_gateway_moves_behind_a_nat_and_out_again() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, b) = pair::start_default(&topology)?;
-    let before = spis(&a)?;
+    let before = a.spis("site")?;
     // What comes from the other address is hidden behind the router.
     for command in [
         "nft add table inet nat",
@@ -145,7 +141,7 @@ fn a_gateway_moves_behind_a_nat_and_out_again() -> anyhow::Result<()> {
     wait_at(&b, Side::B.outside(V4), bare)?;
     wait_traffic(&topology)?;
     ensure!(!a.tunnel("site")?.children[0].encapsulated, "ESP in UDP");
-    ensure!(spis(&a)? == before, "the SAs are others");
+    ensure!(a.spis("site")? == before, "the SAs are others");
     Ok(())
 }
 
@@ -170,7 +166,7 @@ fn we_move_and_strongswan_follows() -> anyhow::Result<()> {
     swan.load(&theirs(Side::B))?;
     let gateway = Gateway::start(&topology.gateway_a, &[ours(Side::A)])?;
     gateway.wait_up("site", PATIENCE)?;
-    let before = spis(&gateway)?.0;
+    let before = gateway.spis("site")?.0;
     let flows = flows(&topology)?;
     let new = renumber(&topology, Side::A)?;
     wait_at(&gateway, new, Side::B.outside(V4))?;
@@ -180,7 +176,7 @@ fn we_move_and_strongswan_follows() -> anyhow::Result<()> {
     wait_traffic(&topology).with_context(|| format!("{}\n{}", gateway.log(20), swan.log(40)))?;
     cut(flows, 1)?;
     // Its userspace ESP cannot move SAs, so it has the child rekeyed at its new address.
-    ensure!(spis(&gateway)?.0 == before, "the IKE SA is another");
+    ensure!(gateway.spis("site")?.0 == before, "the IKE SA is another");
     Ok(())
 }
 
@@ -191,7 +187,7 @@ fn strongswan_moves_and_we_follow() -> anyhow::Result<()> {
     swan.load(&theirs(Side::A))?;
     swan.initiate("net")?;
     gateway.wait_up("site", PATIENCE)?;
-    let before = spis(&gateway)?.0;
+    let before = gateway.spis("site")?.0;
     renumber(&topology, Side::A)?;
     // We have told it of our IPv6 address, too, and it is quick to take that one.
     gateway
@@ -202,6 +198,6 @@ fn strongswan_moves_and_we_follow() -> anyhow::Result<()> {
         .with_context(|| format!("log of strongSwan:\n{}", swan.log(60)))?;
     wait_traffic(&topology).with_context(|| format!("{}\n{}", gateway.log(20), swan.log(40)))?;
     // Its userspace ESP cannot move SAs, so it has the child rekeyed at its new address.
-    ensure!(spis(&gateway)?.0 == before, "the IKE SA is another");
+    ensure!(gateway.spis("site")?.0 == before, "the IKE SA is another");
     Ok(())
 }

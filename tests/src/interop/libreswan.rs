@@ -216,17 +216,11 @@ fn rekeys(
     let topology = topology()?;
     let (tunnel, connection) = usual();
     let (gateway, peer) = column.up(&topology, tunnel, &connection)?;
-    let spis = || {
-        let tunnel = gateway.tunnel("site")?;
-        let ike = tunnel.ike.context("no IKE SA")?.initiator_spi;
-        let child = tunnel.children[0].inbound.context("no inbound SA")?.spi;
-        anyhow::Ok((ike, child))
-    };
-    let before = spis()?;
+    let before = gateway.spis("site")?;
     rekey(&gateway, &peer)?;
     gateway
         .wait("site", "rekeyed", PATIENCE, |_| {
-            spis().is_ok_and(|now| now != before)
+            gateway.spis("site").is_ok_and(|now| now != before)
         })
         .with_context(|| format!("log of the peer:\n{}", peer.log(20)))?;
     talk(&topology, V4)?;
