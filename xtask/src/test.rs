@@ -70,6 +70,9 @@ const GROUPS: &[Group] = &[
     },
 ];
 
+/// What a suite begins the line with that tells of a test it tries twice.
+const UNSTEADY: &str = "tried twice: ";
+
 /// Results of test programs, added up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Count {
@@ -78,6 +81,8 @@ struct Count {
     skipped: u64,
     /// Names and reasons of what was skipped at run time.
     reasons: Vec<String>,
+    /// What failed the first time and was tried again.
+    unsteady: Vec<String>,
 }
 
 /// Runs the groups of these names, or all.
@@ -228,6 +233,12 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
     for reason in &all.reasons {
         writeln!(out, "skipped: {reason}")?;
     }
+    for name in &all.unsteady {
+        writeln!(
+            out,
+            "{UNSTEADY}{name}: it failed the first time, for the reason told above"
+        )?;
+    }
     writeln!(
         out,
         "{} passed, {} failed, {} skipped",
@@ -266,6 +277,7 @@ impl Count {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.reasons.extend(other.reasons);
+        self.unsteady.extend(other.unsteady);
     }
 
     /// Counts tests as skipped that passed because they did nothing, by the lines that they wrote.
@@ -277,9 +289,12 @@ impl Count {
         }
     }
 
-    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, or `test NAME ... ignored (REASON)`;
-    /// others count nothing.
+    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, `test NAME ... ignored (REASON)`, or
+    /// `tried twice: NAME`; others count nothing.
     fn add(&mut self, line: &str) {
+        if let Some(name) = line.strip_prefix(UNSTEADY) {
+            self.unsteady.push(name.to_owned());
+        }
         if let Some((name, reason)) = line
             .strip_prefix("test ")
             .and_then(|rest| rest.split_once(" ... ignored ("))
@@ -317,6 +332,7 @@ mod tests {
         for line in [
             "test a ... ok",
             "test result: ok. 22 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "tried twice: d",
             "test b    ... ignored (there is no `nft`: apt-get install nftables)",
             "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ] {
@@ -333,6 +349,7 @@ mod tests {
                     "b: there is no `nft`: apt-get install nftables".to_owned(),
                     "c: needs root".to_owned()
                 ],
+                unsteady: vec!["d".to_owned()],
             }
         );
     }

@@ -369,6 +369,12 @@ impl Endpoint {
         self.shared.hold(peer, false);
         if !self.has_ike_sa(peer) {
             self.start(now, peer, local);
+            return;
+        }
+        // What it has lost while nobody wanted it up is wanted now.
+        self.touch(peer);
+        for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
+            sa.ask_for_missing(&mut self.shared, now);
         }
     }
 

@@ -178,6 +178,37 @@ fn two_sides_that_replace_a_child_at_once_keep_one() {
     );
 }
 
+// Both keep the tunnel up, and each asks for what is missing: one pair remains, the one of who has begun the IKE SA.
+#[test]
+fn two_sides_that_miss_a_child_at_once_make_one() {
+    let mut twins = 0;
+    for seed in 0..100 {
+        let mut pair = Pair::new(seed, Conditions::PERFECT);
+        configure(
+            &mut pair,
+            with_children(B, Role::Initiate, 1),
+            with_children(A, Role::Initiate, 1),
+        );
+        pair.up_a();
+        pair.run(Duration::from_secs(10));
+        pair.up_b();
+        pair.network.conditions = SLOW;
+        let sa = pair.a.child(0).unwrap().sa;
+        pair.tell_a(Command::Lost(sa));
+        let mut most = 0;
+        for _ in 0..100 {
+            pair.run(Duration::from_millis(100));
+            most = most.max(pair.a.installed.len());
+        }
+        twins += usize::from(most > 1);
+        pair.run(Duration::from_secs(15));
+        pair.assert_agreement(1);
+        assert_eq!((pair.a.installed.len(), pair.b.installed.len()), (1, 1));
+        assert!(pair.a.failures.is_empty() && pair.b.failures.is_empty());
+    }
+    assert!(twins > 20, "{twins} twins are too few to prove anything");
+}
+
 #[test]
 fn lifetimes_replace_children_over_and_over_on_any_network() {
     for seed in 0..60 {

@@ -225,12 +225,17 @@ impl Node {
             deaths: 0,
         };
         node.configure(Time::default());
+        node.bring_up(Time::default());
         node
     }
 
     fn configure(&mut self, now: Time) {
         let config = Box::new(self.config.clone());
         self.endpoint.handle_command(now, Command::SetPeer(config));
+    }
+
+    /// Comes later than anything else, for the peer's addresses are looked up first.
+    fn bring_up(&mut self, now: Time) {
         if self.config.role == Role::Initiate {
             let local = SocketAddr::new(self.address, 500);
             self.endpoint.handle_command(now, Command::Up(PEER, local));
@@ -413,6 +418,7 @@ impl Node {
         for sa in lost {
             self.endpoint.handle_command(now, Command::Lost(sa));
         }
+        self.bring_up(now);
         Ok(())
     }
 
@@ -697,4 +703,21 @@ fn an_exchange_that_is_under_way_is_ended_by_the_daemon_that_comes_after() {
         "it was rekeyed"
     );
     assert_eq!(world.nodes[0].endpoint.established().count(), 1);
+}
+
+#[test]
+fn what_a_data_plane_has_lost_with_the_daemon_is_made_anew_by_the_daemon_that_comes_after() {
+    for who in [0, 1] {
+        let mut world = World::new(4, Conditions::PERFECT);
+        world.run(Duration::from_secs(12));
+        let before: Vec<ChildSaId> = world.nodes[who].pairs.keys().copied().collect();
+        let node = &mut world.nodes[who];
+        node.plane.sas.clear();
+        node.plane.words.clear();
+        assert!(node.come_back(world.now).is_ok());
+        world.run(Duration::from_secs(30));
+        world.assert_agreement();
+        let after = &world.nodes[who].pairs;
+        assert!(before.iter().all(|sa| !after.contains_key(sa)));
+    }
 }

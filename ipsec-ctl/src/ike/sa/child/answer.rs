@@ -228,7 +228,9 @@ impl IkeSa {
             let how = (Origin::Answered, replaces);
             let new = self.install(shared, now, child, &agreed, keys, how);
             self.replaced_by_peer(now, replaces, new);
-            return self.answer_child(shared, now, bytes, &agreed, number, &[]);
+            self.answer_child(shared, now, bytes, &agreed, number, &[]);
+            self.yield_to_twin(shared, new);
+            return self.next_task(shared, now);
         };
         let what = ChildJob::Answer {
             request: bytes.to_vec(),

@@ -309,7 +309,7 @@ impl IkeSa {
     }
 
     /// Asks for the configured children that are not there.
-    pub(in crate::ike::sa) fn ask_for_missing(&mut self, shared: &mut Shared, now: Time) {
+    pub(in crate::ike) fn ask_for_missing(&mut self, shared: &mut Shared, now: Time) {
         self.children_at = None;
         if !self.keeps_children_up(shared) {
             return;

@@ -74,6 +74,7 @@ impl IkeSa {
                 let new = self.install(shared, now, child, &agreed, keys, how);
                 self.replaced_by_peer(now, replaces, new);
                 self.answer_child(shared, now, &request, &agreed, number, &result.public);
+                self.yield_to_twin(shared, new);
             }
             (Some(ChildJob::Agree(pending, _)), _) => {
                 let detail = "its public value is not valid".to_owned();
@@ -141,6 +142,7 @@ impl IkeSa {
             id,
             child,
             line: replaces.map_or(id, |(_, line)| line),
+            asked: origin != Origin::Answered,
             spi_in: agreed.spi_in,
             spi_out: agreed.spi_out,
             group: agreed.suite.group,

@@ -31,6 +31,8 @@ pub(in crate::ike) struct ChildSa {
     pub(in crate::ike) child: ChildName,
     /// The first of the pairs that have replaced each other.
     pub(in crate::ike) line: ChildSaId,
+    /// We have asked for it, not the peer.
+    pub(in crate::ike::sa) asked: bool,
     pub(in crate::ike) spi_in: u32,
     pub(in crate::ike) spi_out: u32,
     /// The group of its own key exchange, if there was one.
@@ -42,6 +44,18 @@ pub(in crate::ike) struct ChildSa {
     pub(in crate::ike) outbound: u64,
     pub(in crate::ike::sa) life: Lifetime,
     pub(in crate::ike::sa) standing: Standing,
+}
+
+/// Selectors of our side and of the peer's.
+type Sides<'a> = (&'a [TrafficSelector], &'a [TrafficSelector]);
+
+impl ChildSa {
+    /// Whether it is in force for exactly this child and traffic.
+    pub(in crate::ike::sa) fn is_for(&self, child: ChildName, sides: Sides<'_>) -> bool {
+        self.standing == Standing::InForce
+            && self.child == child
+            && (self.local.as_slice(), self.remote.as_slice()) == sides
+    }
 }
 
 /// A packet that asks for a child, as selectors of our side and of the peer's.
@@ -117,6 +131,12 @@ pub(in crate::ike) struct Agreed {
     mode: Mode,
     /// The other side's nonce where we ask, ours where we answer.
     pub(in crate::ike::sa) nonce: Vec<u8>,
+}
+
+impl Agreed {
+    pub(in crate::ike::sa) fn sides(&self) -> Sides<'_> {
+        (&self.local, &self.remote)
+    }
 }
 
 impl ChildJob {

@@ -8,6 +8,7 @@ use super::{
     lowest,
 };
 use crate::ike::{
+    config::ChildName,
     crypto::keys::{ChildKeys, Nonces},
     endpoint::{Origin, Shared},
     event::{ChildSaId, DownReason},
@@ -15,7 +16,7 @@ use crate::ike::{
     message::payload::{Notify, NotifyType},
     sa::{
         Exchange, FollowUp, IkeSa, Task,
-        child::{Agreed, ChildJob, Part, PendingChild},
+        child::{Agreed, ChildJob, ChildSa, Part, PendingChild},
     },
     time::Time,
 };
@@ -299,6 +300,13 @@ impl IkeSa {
     ) {
         let child = pending.child;
         let Some(replaces) = &pending.replaces else {
+            if let Some(twin) = self.twin_of_peer(child, agreed) {
+                let how = (Origin::Lost, Some(twin));
+                let new = self.install(shared, now, child, agreed, keys, how);
+                return new
+                    .into_iter()
+                    .for_each(|new| self.delete_replaced(shared, new));
+            }
             self.install(shared, now, child, agreed, keys, (Origin::Asked, None));
             return self.ask_for_pairs_left(pending, agreed);
         };
@@ -318,6 +326,34 @@ impl IkeSa {
                 self.delete_replaced(shared, new);
             }
             self.leave_pair_to_peer(now, replaces.sa, Standing::Rekeyed);
+        }
+    }
+
+    /// What the peer has made for the same child and traffic while we asked for it: both sides have missed it at once.
+    // RFC 7296 section 2.8 allows several pairs for the same traffic, and knows no rule for those that nobody wants. Both
+    // sides know who has begun the IKE SA; what that side has asked for stays, and the other side deletes its own.
+    fn twin_of_peer(&self, child: ChildName, agreed: &Agreed) -> Option<Replaced> {
+        let mut children = self.children.iter().filter(|_| !self.initiator);
+        children
+            .find(|other| !other.asked && other.is_for(child, agreed.sides()))
+            .map(|twin| (twin.id, twin.line))
+    }
+
+    /// What we have asked for goes if the peer has asked for the same from scratch, and has begun the IKE SA.
+    pub(in crate::ike::sa) fn yield_to_twin(
+        &mut self,
+        shared: &mut Shared,
+        new: Option<ChildSaId>,
+    ) {
+        let fresh = |child: &&ChildSa| Some(child.id) == new && child.id == child.line;
+        let Some(new) = self.children.iter().find(fresh).filter(|_| !self.initiator) else {
+            return;
+        };
+        let mut children = self.children.iter();
+        let ours = children
+            .find(|other| other.asked && other.is_for(new.child, (&new.local, &new.remote)));
+        if let Some(ours) = ours.map(|ours| ours.id) {
+            self.delete_replaced(shared, ours);
         }
     }
 
