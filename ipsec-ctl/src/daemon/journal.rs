@@ -31,7 +31,7 @@ use crate::{
 /// What the file begins with.
 const MAGIC: [u8; 8] = *b"ipsec-xj";
 /// Another one whenever what is saved gets another meaning. A value that only gets another field with a default does not.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Bytes that a file may grow by before it is written anew, however small it was.
 const LEAST_GROWTH: u64 = 1 << 20;
 /// The longest file that is read.

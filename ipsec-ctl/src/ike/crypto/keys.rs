@@ -152,6 +152,12 @@ impl IkeKeys {
         }
     }
 
+    /// Wipes what signs identities, which is done once.
+    pub fn forget_proofs(&mut self) {
+        self.sk_pi = Key::default();
+        self.sk_pr = Key::default();
+    }
+
     /// Derives the keys of a child; `shared` is the secret of a key exchange of its own, if there was one.
     // RFC 7296 section 2.17: KEYMAT = prf+(SK_d, [g^ir |] Ni | Nr); first what the initiator sends, and in each
     // direction encryption before integrity.

@@ -1,16 +1,30 @@
-//! What the endpoint must find without looking at every IKE SA: who is due, who is half-open, who has asked already.
+//! What the endpoint must find without looking at every IKE SA: who is due, who is half-open, who has asked already, which
+//! are one peer's.
 //!
-//! A datagram of a stranger costs the same with one tunnel and with thousands.
+//! A datagram of a stranger, and an IKE SA that comes up, cost the same with one tunnel and with thousands.
 
 use std::{
     collections::{BTreeSet, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, SocketAddr},
 };
 
-use crate::ike::{event::IkeSaId, message::IkeSpi, sa::IkeSa, time::Time};
+use crate::ike::{config::PeerId, event::IkeSaId, message::IkeSpi, sa::IkeSa, time::Time};
 
 /// What tells one IKE_SA_INIT from another: the initiator's address, port and SPI.
 pub(super) type Asked = (SocketAddr, IkeSpi);
+
+/// Whose an IKE SA is: the configured peer, and a hash of the identity that it has shown, for one peer may have many.
+pub(super) type Owner = Option<(PeerId, u64)>;
+
+/// Whose an IKE SA is now.
+pub(super) fn owner(sa: &IkeSa) -> Owner {
+    // Without a key, so that the order of IKE SAs is the same in every run. Who finds identities with equal hashes makes
+    // only his own IKE SAs slow to find.
+    let mut hasher = DefaultHasher::new();
+    sa.remote_id.hash(&mut hasher);
+    sa.peer.map(|peer| (peer, hasher.finish()))
+}
 
 /// What is noted of one IKE SA.
 #[derive(Debug, Default)]
@@ -28,9 +42,40 @@ pub(super) struct Index {
     half_open: HashMap<IpAddr, u32>,
     half_open_in_all: u32,
     asked: HashMap<Asked, IkeSaId>,
+    owned: BTreeSet<(PeerId, u64, IkeSaId)>,
 }
 
 impl Index {
+    /// Notes that an IKE SA has become somebody else's.
+    pub(super) fn owned(&mut self, id: IkeSaId, before: Owner, now: Owner) {
+        if before == now {
+            return;
+        }
+        if let Some((peer, identity)) = before {
+            self.owned.remove(&(peer, identity, id));
+        }
+        self.owned
+            .extend(now.map(|(peer, identity)| (peer, identity, id)));
+    }
+
+    /// The IKE SAs of a peer, in no order that means anything.
+    pub(super) fn of_peer(&self, peer: PeerId) -> impl Iterator<Item = IkeSaId> {
+        self.range((peer, u64::MIN), (peer, u64::MAX))
+    }
+
+    /// The IKE SAs of a peer whose identity probably is the one of the owner, oldest first.
+    pub(super) fn of_owner(&self, owner: Owner) -> impl Iterator<Item = IkeSaId> {
+        owner.into_iter().flat_map(|owner| self.range(owner, owner))
+    }
+
+    fn range(&self, from: (PeerId, u64), to: (PeerId, u64)) -> impl Iterator<Item = IkeSaId> {
+        let (from, to) = (
+            (from.0, from.1, IkeSaId(u64::MIN)),
+            (to.0, to.1, IkeSaId(u64::MAX)),
+        );
+        self.owned.range(from..=to).map(|(.., id)| *id)
+    }
+
     /// Notes what has become of an IKE SA.
     pub(super) fn update(&mut self, sa: &IkeSa, due: Option<Time>) {
         let entry = self.entries.entry(sa.id).or_default();
@@ -49,7 +94,9 @@ impl Index {
     }
 
     /// Forgets an IKE SA.
-    pub(super) fn remove(&mut self, id: IkeSaId) {
+    pub(super) fn remove(&mut self, sa: &IkeSa) {
+        let id = sa.id;
+        self.owned(id, owner(sa), None);
         let Some(entry) = self.entries.remove(&id) else {
             return;
         };

@@ -100,7 +100,7 @@ impl Endpoint {
             request: &request,
         };
         let sa = IkeSa::accept(&mut self.shared, now, &accept);
-        self.insert(sa);
+        self.insert(Box::new(sa));
     }
 
     /// A repeated request gets the same response again, if there is one already.

@@ -23,7 +23,11 @@ pub use saved::{Part, RestoreError};
 pub use shared::Refusal;
 pub(super) use shared::{NAT_PORT, Present, Shared, nat_hash};
 
-use self::{cookie::Cookies, index::Index, unprotected::Rate};
+use self::{
+    cookie::Cookies,
+    index::{Index, owner},
+    unprotected::Rate,
+};
 use super::{
     config::{ChildName, EndpointConfig, PeerId, Role, Unique},
     event::{ChildSaId, Command, DownReason, Event, IkeInfo, IkeSaId, Rekey, Transmit},
@@ -48,7 +52,7 @@ fn grace(first: bool) -> Duration {
 /// The endpoint.
 pub struct Endpoint {
     shared: Shared,
-    sas: BTreeMap<IkeSaId, IkeSa>,
+    sas: BTreeMap<IkeSaId, Box<IkeSa>>,
     by_spi: HashMap<IkeSpi, IkeSaId>,
     index: Index,
     /// IKE SAs that the call under way has dealt with.
@@ -127,7 +131,9 @@ impl Endpoint {
             let known = if sa.initiator { sa.spi_r } else { sa.spi_i };
             // The responder's SPI is not known before its first response.
             if known == peers || (known == IkeSpi(0) && sa.state == State::InitSent) {
+                let before = owner(sa);
                 sa.handle_message(&mut self.shared, now, (local, remote), bytes, &message);
+                self.index.owned(id, before, owner(sa));
             } else {
                 self.shared.refuse(Refusal::UnknownSpi);
             }
@@ -162,6 +168,9 @@ impl Endpoint {
         self.touched.push(result.ike);
         if let Some(jobs) = self.under_way.get_mut(&result.ike) {
             jobs.retain(|job| job.id != result.id);
+            if jobs.is_empty() {
+                self.under_way.remove(&result.ike);
+            }
         }
         if let Some(sa) = self.sas.get_mut(&result.ike) {
             sa.handle_job(&mut self.shared, now, result);
@@ -229,9 +238,21 @@ impl Endpoint {
 
     /// Whether an IKE SA with the peer is under way but not authenticated yet.
     pub fn is_connecting(&self, peer: PeerId) -> bool {
-        self.sas
-            .values()
-            .any(|sa| sa.peer == Some(peer) && sa.established.is_none() && !sa.is_ending())
+        self.of_peer(peer)
+            .any(|sa| sa.established.is_none() && !sa.is_ending())
+    }
+
+    fn of_peer(&self, peer: PeerId) -> impl Iterator<Item = &IkeSa> {
+        let ids = self.index.of_peer(peer);
+        ids.filter_map(|id| self.sas.get(&id).map(Box::as_ref))
+    }
+
+    /// The newest of a peer's that fits.
+    fn newest(&self, peer: PeerId, fits: impl Fn(&IkeSa) -> bool) -> Option<IkeSaId> {
+        self.of_peer(peer)
+            .filter(|sa| fits(sa))
+            .map(|sa| sa.id)
+            .max()
     }
 
     /// Number of half-open IKE SAs.
@@ -346,17 +367,26 @@ impl Endpoint {
 
     /// All IKE SAs of a peer are dealt with.
     fn touch(&mut self, peer: PeerId) {
-        let same = self.sas.values().filter(|sa| sa.peer == Some(peer));
-        self.touched.extend(same.map(|sa| sa.id));
+        self.touched.extend(self.index.of_peer(peer));
+    }
+
+    /// Has all IKE SAs of a peer do something, oldest first.
+    fn with_all(&mut self, peer: PeerId, mut act: impl FnMut(&mut IkeSa, &mut Shared)) {
+        let mut ids: Vec<IkeSaId> = self.index.of_peer(peer).collect();
+        ids.sort_unstable();
+        for id in &ids {
+            if let Some(sa) = self.sas.get_mut(id) {
+                act(sa, &mut self.shared);
+            }
+        }
+        self.touched.extend(ids);
     }
 
     /// Rekeys what is up of a peer. What is about to go is left alone.
     fn rekey(&mut self, now: Time, peer: PeerId, what: Rekey) {
         self.touch(peer);
-        let mut up = self.sas.values_mut().rev();
-        if let Some(sa) =
-            up.find(|sa| sa.peer == Some(peer) && sa.state == State::Up && !sa.is_retiring())
-        {
+        let newest = self.newest(peer, |sa| sa.state == State::Up && !sa.is_retiring());
+        if let Some(sa) = newest.and_then(|id| self.sas.get_mut(&id)) {
             match what {
                 Rekey::Ike => sa.wish_ike_rekeyed(&mut self.shared, now),
                 Rekey::Children => sa.wish_all_rekeyed(&mut self.shared, now),
@@ -388,11 +418,8 @@ impl Endpoint {
         self.touch(peer);
         self.shared.wake(peer, child);
         // The newest one counts; an older one is about to go.
-        let up = self
-            .sas
-            .values_mut()
-            .rfind(|sa| sa.peer == Some(peer) && sa.state == State::Up);
-        match up {
+        let up = self.newest(peer, |sa| sa.state == State::Up);
+        match up.and_then(|id| self.sas.get_mut(&id)) {
             Some(sa) => sa.acquire(&mut self.shared, now, child, packet),
             None => {
                 if !self.has_ike_sa(peer)
@@ -406,16 +433,11 @@ impl Endpoint {
     }
 
     fn has_ike_sa(&self, peer: PeerId) -> bool {
-        self.sas
-            .values()
-            .any(|sa| sa.peer == Some(peer) && !sa.is_ending())
+        self.of_peer(peer).any(|sa| !sa.is_ending())
     }
 
     fn delete_all(&mut self, now: Time, peer: PeerId, reason: DownReason) {
-        self.touch(peer);
-        for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
-            sa.delete(&mut self.shared, now, reason);
-        }
+        self.with_all(peer, |sa, shared| sa.delete(shared, now, reason));
     }
 
     fn shutdown(&mut self, now: Time) {
@@ -459,18 +481,19 @@ impl Endpoint {
         };
         let sa = IkeSa::start(&mut self.shared, now, &config, &start);
         let id = sa.id;
-        self.insert(sa);
-        self.sas.get_mut(&id)
+        self.insert(Box::new(sa));
+        self.sas.get_mut(&id).map(Box::as_mut)
     }
 
-    fn insert(&mut self, sa: IkeSa) {
+    fn insert(&mut self, sa: Box<IkeSa>) {
         if !sa.initiator {
             self.index.asked(sa.id, (sa.remote, sa.spi_i));
         }
         self.take_in(sa);
     }
 
-    fn take_in(&mut self, sa: IkeSa) {
+    fn take_in(&mut self, sa: Box<IkeSa>) {
+        self.index.owned(sa.id, None, owner(&sa));
         self.by_spi.insert(sa.our_spi(), sa.id);
         self.touched.push(sa.id);
         self.sas.insert(sa.id, sa);
@@ -489,7 +512,7 @@ impl Endpoint {
                 FollowUp::Replace(peer) => self.replace(now, peer),
                 FollowUp::Born(mut heir) => {
                     heir.next_task(&mut self.shared, now);
-                    self.take_in(*heir);
+                    self.take_in(heir);
                 }
                 FollowUp::Decided(heir) => {
                     self.touched.push(heir);
@@ -535,7 +558,7 @@ impl Endpoint {
                 self.under_way.remove(&id);
                 self.by_spi.remove(&sa.our_spi());
                 self.shared.release_ike_spi(sa.our_spi());
-                self.index.remove(id);
+                self.index.remove(sa);
                 self.sas.remove(&id);
             } else {
                 self.index.update(sa, sa.next_timeout(&self.shared));
@@ -561,21 +584,25 @@ impl Endpoint {
     // RFC 7296 section 2.4: INITIAL_CONTACT says that the peer knows of no other, so those end without a word.
     fn authenticated(&mut self, now: Time, ike: IkeSaId, peer: PeerId, initial_contact: bool) {
         self.shared.attempt_succeeded(peer);
-        self.touch(peer);
+        self.touched.push(ike);
         let Some(newest) = self.sas.get(&ike) else {
             return;
         };
         let (ours, nonce) = (newest.initiator, newest.lowest_nonce().to_vec());
+        // Several may be somebody's wish; but one that we have started is always to take another's place.
+        if self.shared.unique(peer) == Unique::Never && !ours {
+            return;
+        }
         let identity = newest.remote_id.clone();
-        let unique = self.shared.unique(peer);
-        for other in self.sas.values_mut() {
-            if other.id == ike || other.peer != Some(peer) || other.state != State::Up {
+        let same: Vec<IkeSaId> = self.index.of_owner(owner(newest)).collect();
+        for id in same {
+            let Some(other) = self.sas.get_mut(&id) else {
+                continue;
+            };
+            if id == ike || other.state != State::Up || other.remote_id != identity {
                 continue;
             }
-            // Several may be somebody's wish; but one that we have started is always to take another's place.
-            if unique == Unique::Never && !ours || other.remote_id != identity {
-                continue;
-            }
+            self.touched.push(id);
             if initial_contact {
                 other.close(&mut self.shared, DownReason::InitialContact, Closed::Wanted);
             } else if other.initiator != ours && other.is_as_young(now) {
@@ -595,7 +622,6 @@ impl Endpoint {
     fn closed(&mut self, now: Time, peer: Option<PeerId>, why: Closed) {
         let Some(peer) = peer else { return };
         let alone = !self.has_ike_sa(peer);
-        self.touch(peer);
         if alone && why == Closed::Dead {
             self.shared.peer_died(peer);
         }
@@ -607,9 +633,7 @@ impl Endpoint {
             Closed::Failed if alone => self.shared.try_again(peer, now, true),
             Closed::Failed => {
                 let pause = self.shared.back_off(peer);
-                for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
-                    sa.not_replaced(now, pause);
-                }
+                self.with_all(peer, |sa, _| sa.not_replaced(now, pause));
             }
             Closed::Wanted | Closed::Lost | Closed::Dead => {}
         }
@@ -618,16 +642,15 @@ impl Endpoint {
     /// An IKE SA that was replaced stays while the newer one still asks for its children.
     fn keep_what_is_needed(&mut self, now: Time, due: &[IkeSaId]) {
         let retires = |id| {
-            let sa: &IkeSa = self.sas.get(id)?;
+            let sa = self.sas.get(id)?;
             sa.peer.filter(|_| sa.retires(now))
         };
         let peers: Vec<PeerId> = due.iter().filter_map(retires).collect();
         for peer in peers {
-            let mut same = self.sas.values().filter(|sa| sa.peer == Some(peer));
+            let mut same = self.of_peer(peer);
             if same.any(|sa| !sa.is_retiring() && sa.is_taking_over(now)) {
-                for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
-                    sa.stay(now);
-                }
+                drop(same);
+                self.with_all(peer, |sa, _| sa.stay(now));
             }
         }
     }
@@ -640,9 +663,9 @@ impl Endpoint {
             .peer(peer)
             .is_some_and(|config| !config.remote.ways().is_empty());
         let ends = self
-            .sas
-            .values()
-            .find(|sa| sa.peer == Some(peer) && sa.state == State::Up)
+            .of_peer(peer)
+            .filter(|sa| sa.state == State::Up)
+            .min_by_key(|sa| sa.id)
             .map(|sa| (sa.local.ip(), sa.remote.ip()));
         if let (Some((local, remote)), false, true) = (ends, under_way, callable) {
             let local = SocketAddr::new(local, self.shared.config.ike_port);

@@ -177,8 +177,8 @@ impl Endpoint {
     #[cfg(test)]
     pub(in crate::ike) fn save_and_restore(&mut self) {
         for sa in self.sas.values_mut() {
-            let saved = Wiped::of(sa).unwrap();
-            *sa = rmp_serde::from_slice(saved.bytes()).unwrap();
+            let saved = Wiped::of(&**sa).unwrap();
+            **sa = rmp_serde::from_slice(saved.bytes()).unwrap();
         }
     }
 
@@ -195,6 +195,6 @@ impl Endpoint {
             // The request may come again.
             self.index.asked(sa.id, (sa.remote, sa.spi_i));
         }
-        self.take_in(sa);
+        self.take_in(Box::new(sa));
     }
 }

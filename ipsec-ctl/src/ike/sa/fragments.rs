@@ -28,8 +28,8 @@ const NON_ESP_MARKER: usize = 4;
 pub(super) struct Fragments {
     /// Both sides have announced that they can.
     pub(super) agreed: bool,
-    request: Option<Partial>,
-    response: Option<Partial>,
+    request: Option<Box<Partial>>,
+    response: Option<Box<Partial>>,
 }
 
 /// A message of which some fragments have arrived.
@@ -76,11 +76,13 @@ impl Fragments {
         } else {
             &mut self.request
         };
-        let fresh = || Partial {
-            message_id: header.message_id.0,
-            total: part.total,
-            first: PayloadType::NONE.0,
-            parts: BTreeMap::new(),
+        let fresh = || {
+            Box::new(Partial {
+                message_id: header.message_id.0,
+                total: part.total,
+                first: PayloadType::NONE.0,
+                parts: BTreeMap::new(),
+            })
         };
         let partial = slot.get_or_insert_with(fresh);
         if partial.message_id != header.message_id.0 || partial.total < part.total {

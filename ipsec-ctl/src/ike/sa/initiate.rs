@@ -74,6 +74,7 @@ impl IkeSa {
             detours: 0,
             nonce_i: Vec::new(),
             nonce_r: Vec::new(),
+            lowest_nonce: Vec::new(),
             init_request: Vec::new(),
             init_response: Vec::new(),
             local_id: None,
@@ -512,6 +513,7 @@ impl IkeSa {
             }
         }
         self.ask_for_the_others(shared, first);
+        self.forget_first_exchanges();
     }
 
     /// The children that IKE_AUTH had no place for.

@@ -162,9 +162,22 @@ impl Exchange {
 /// The last request of the peer and our response to it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Answered {
-    request: Vec<u8>,
+    /// Enough to recognise it by.
+    request: Digest,
     /// One datagram, or the fragments of the message.
     response: Vec<Vec<u8>>,
+}
+
+/// SHA-256 of a message.
+type Digest = [u8; 32];
+
+fn digest(message: &[u8]) -> Digest {
+    let mut bytes = Digest::default();
+    let digest = ring::digest::digest(&ring::digest::SHA256, message);
+    for (to, from) in bytes.iter_mut().zip(digest.as_ref()) {
+        *to = *from;
+    }
+    bytes
 }
 
 /// What the endpoint must see to after an IKE SA has been at work.
@@ -216,7 +229,8 @@ pub(super) enum Closed {
     Wanted,
 }
 
-/// One IKE SA.
+/// One IKE SA. There may be tens of thousands: what is rare is boxed, and what only the first exchanges need does not
+/// outlive them.
 #[derive(Serialize, Deserialize)]
 pub(super) struct IkeSa {
     pub(super) id: IkeSaId,
@@ -242,13 +256,15 @@ pub(super) struct IkeSa {
     detours: u32,
     nonce_i: Vec<u8>,
     nonce_r: Vec<u8>,
+    /// The lower of both nonces, once it is up, if somebody has started it: an heir has none.
+    lowest_nonce: Vec<u8>,
     pub(super) init_request: Vec<u8>,
     pub(super) init_response: Vec<u8>,
     local_id: Option<Identity>,
     pub(super) remote_id: Option<Identity>,
     next_request: u32,
     expected_request: u32,
-    outstanding: Option<Outstanding>,
+    outstanding: Option<Box<Outstanding>>,
     answered: Option<Answered>,
     /// Our address and the peer's of the request that is being answered: there the response goes.
     asked_from: mobike::Path,
@@ -258,8 +274,8 @@ pub(super) struct IkeSa {
     tasks: VecDeque<Task>,
     job: Option<JobId>,
     /// A key exchange for a child that we ask for, and one for a child that the peer asks for: both may be under way.
-    asking: Option<child::Waiting>,
-    answering: Option<child::Waiting>,
+    asking: Option<Box<child::Waiting>>,
+    answering: Option<Box<child::Waiting>>,
     /// Packets that have asked for children, as selectors of our side and of the peer's.
     packets: BTreeMap<ChildName, Packet>,
     children: Vec<ChildSa>,
@@ -312,7 +328,7 @@ impl IkeSa {
                     .iter()
                     .any(|task| matches!(task, Task::Child(_) | Task::Pair(..)))
                 || matches!(
-                    &self.outstanding,
+                    self.outstanding.as_deref(),
                     Some(Outstanding {
                         exchange: Exchange::Child(_),
                         ..
@@ -368,7 +384,7 @@ impl IkeSa {
             || self.tasks.iter().any(
                 |task| matches!(task, Task::Child(name) | Task::Pair(name, ..) if *name == child),
             )
-            || matches!(&self.outstanding, Some(Outstanding { exchange: Exchange::Child(pending) | Exchange::Auth(Some(pending)), .. }) if pending.child == child)
+            || matches!(self.outstanding.as_deref(), Some(Outstanding { exchange: Exchange::Child(pending) | Exchange::Auth(Some(pending)), .. }) if pending.child == child)
             || self
                 .asking
                 .iter()
@@ -401,7 +417,24 @@ impl IkeSa {
     /// The lower of both nonces, which decides between two IKE SAs that were started by both sides at once.
     // RFC 7296 section 2.8.1 decides so between two rekeyings; two first exchanges are no different.
     pub(super) fn lowest_nonce(&self) -> &[u8] {
-        self.nonce_i.as_slice().min(self.nonce_r.as_slice())
+        &self.lowest_nonce
+    }
+
+    /// It is up: what only the exchanges that have brought it up needed is worth no memory.
+    fn forget_first_exchanges(&mut self) {
+        let (one, other) = (
+            std::mem::take(&mut self.nonce_i),
+            std::mem::take(&mut self.nonce_r),
+        );
+        self.lowest_nonce = one.min(other);
+        self.private = None;
+        self.public = Vec::new();
+        self.cookie = Vec::new();
+        self.init_request = Vec::new();
+        self.init_response = Vec::new();
+        if let Some(keys) = &mut self.keys {
+            keys.forget_proofs();
+        }
     }
 
     /// Takes the result of a job.
@@ -579,7 +612,7 @@ impl IkeSa {
     /// Whether it came up so recently that the peer may have started it without knowing of another.
     pub(super) fn is_as_young(&self, now: Time) -> bool {
         // One that has inherited another was not started by anybody.
-        !self.init_request.is_empty()
+        !self.lowest_nonce.is_empty()
             && self
                 .established
                 .is_some_and(|since| now - since < SIMULTANEOUS)

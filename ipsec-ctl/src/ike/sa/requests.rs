@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use zeroize::Zeroizing;
 
 use super::{
-    Answered, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob, mobike::Path,
-    rekey::Succession, sync::Numbers,
+    Answered, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob, digest,
+    mobike::Path, rekey::Succession, sync::Numbers,
 };
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
@@ -141,14 +141,14 @@ impl IkeSa {
     ) {
         let message_id = self.next_request;
         self.next_request = self.next_request.saturating_add(1);
-        self.outstanding = Some(Outstanding {
+        self.outstanding = Some(Box::new(Outstanding {
             message_id,
             datagrams: datagrams.clone(),
             exchange,
             first_sent: now,
             attempt: 0,
             again_at: now + shared.retransmission(0),
-        });
+        }));
         self.transmit_all(shared, now, datagrams);
     }
 
@@ -167,7 +167,7 @@ impl IkeSa {
         };
         self.expected_request = self.expected_request.saturating_add(1);
         self.answered = Some(Answered {
-            request: request.to_vec(),
+            request: digest(request),
             response: datagrams.clone(),
         });
         self.reply(shared, now, datagrams);
@@ -344,7 +344,7 @@ impl IkeSa {
     }
 
     /// A repeated request gets the same response again, whatever has happened since.
-    // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed and nothing is computed.
+    // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed; only what has its number is looked at.
     fn out_of_window(
         &mut self,
         shared: &mut Shared,
@@ -353,10 +353,11 @@ impl IkeSa {
         header: &Header,
         bytes: &[u8],
     ) {
-        let is_repeated = self
-            .answered
-            .as_ref()
-            .is_some_and(|answered| !header.flags.response && answered.request == bytes);
+        let is_repeated = self.may_be_last_request(header)
+            && self
+                .answered
+                .as_ref()
+                .is_some_and(|answered| answered.request == digest(bytes));
         if is_repeated {
             self.respond_again(shared, now, from);
         } else {
@@ -368,10 +369,13 @@ impl IkeSa {
     // RFC 7383 section 2.6.1: the first fragment of a repeated request is answered again, the others are dropped. The peer
     // may have split it anew, so it is recognised by its number and must be authentic.
     fn is_last_request_again(&self, header: &Header, part: Option<Part>) -> bool {
-        !header.flags.response
-            && self.answered.is_some()
-            && header.message_id.0.checked_add(1) == Some(self.expected_request)
+        self.answered.is_some()
+            && self.may_be_last_request(header)
             && part.is_some_and(|part| part.number == 1)
+    }
+
+    fn may_be_last_request(&self, header: &Header) -> bool {
+        !header.flags.response && header.message_id.0.checked_add(1) == Some(self.expected_request)
     }
 
     fn respond_again(&mut self, shared: &mut Shared, now: Time, from: Path) {

@@ -185,6 +185,7 @@ impl IkeSa {
         self.agree_on_mobike(shared, &request.notifies);
         self.come_up(shared, now, initial_contact);
         self.answer_auth(shared, now, bytes, &peer, &ours, request);
+        self.forget_first_exchanges();
         // Those that the initiator does not bring in time are ours to ask for, if we are to keep the tunnel up.
         self.children_at = Some(now + INITIATOR_FIRST);
     }

@@ -27,7 +27,7 @@ pub(super) struct Sync {
     /// Both sides have said that they can.
     pub(super) agreed: bool,
     /// The last one.
-    last: Option<Done>,
+    last: Option<Box<Done>>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -137,16 +137,16 @@ impl IkeSa {
         };
         self.next_request = ours.send;
         self.expected_request = ours.receive;
-        self.sync.last = Some(Done {
+        self.sync.last = Some(Box::new(Done {
             proposed: theirs.send,
             request: bytes.to_vec(),
             response: response.clone(),
-        });
+        }));
         self.fragments.forget();
         self.forget_answer(shared, now);
         self.transmit(shared, now, response);
         if let Some(lost) = self.outstanding.take() {
-            self.ask_again(shared, now, lost);
+            self.ask_again(shared, now, *lost);
         }
     }
 

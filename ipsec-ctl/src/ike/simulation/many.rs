@@ -7,12 +7,14 @@ use std::{
 
 use super::{
     network::Conditions,
-    pair::{A, B, Pair, limits, peer},
+    pair::{A, B, Pair, Side, limits, peer},
 };
 use crate::ike::{
     Identity,
-    config::{EndpointConfig, PeerId, Role},
+    config::{EndpointConfig, PeerId, Remote, Role},
+    endpoint::Part,
     event::Command,
+    sa::IkeSa,
 };
 
 const FLOOD: u32 = 50_000;
@@ -70,4 +72,63 @@ fn a_thousand_tunnels_come_up_and_outlive_a_flood() {
     pair.run(Duration::from_secs(60));
     pair.assert_agreement(1000);
     assert_eq!(before, (pair.a.downs.len(), pair.b.downs.len()));
+}
+
+/// Bytes of each IKE SA that has changed since this was asked last, as they are saved.
+fn changed(side: &mut Side) -> Vec<usize> {
+    let changes = side.endpoint.changes().unwrap().into_iter();
+    changes
+        .filter(|(part, _)| matches!(part, Part::Ike(_)))
+        .map(|(_, saved)| saved.map_or(0, |saved| saved.bytes().len()))
+        .collect()
+}
+
+#[test]
+fn one_more_peer_of_a_tunnel_for_many_has_nothing_done_about_the_others() {
+    const PEERS: u32 = 20;
+    let mut pair = Pair::with(1, Conditions::PERFECT, limits(), limits());
+    let mut at_b = peer(A, Role::Respond);
+    at_b.remote = Remote::Anywhere;
+    pair.tell_b(Command::SetPeer(Box::new(at_b)));
+    for number in 0..PEERS {
+        let mut at_a = peer(B, Role::Initiate);
+        at_a.id = PeerId(number);
+        at_a.local_id = Some(format!("host{number}.example").parse().unwrap());
+        at_a.remote_id = Some(B.into());
+        pair.tell_a(Command::SetPeer(Box::new(at_a)));
+        pair.tell_a(Command::Up(PeerId(number), (A, 500).into()));
+        // Before anything else is due.
+        pair.run(Duration::from_millis(400));
+        for (name, side) in [("initiator", &mut pair.a), ("responder", &mut pair.b)] {
+            assert_eq!(changed(side).len(), 1, "{name}, peer {number}");
+        }
+    }
+    pair.run(Duration::from_secs(15));
+    pair.assert_agreement(PEERS as usize);
+    changed(&mut pair.a);
+    changed(&mut pair.b);
+
+    // Down and up again: of two with one identity the newer stays, and nobody else's is touched.
+    pair.tell_a(Command::Down(PeerId(3)));
+    pair.tell_a(Command::Up(PeerId(3), (A, 500).into()));
+    pair.run(Duration::from_secs(10));
+    pair.assert_agreement(PEERS as usize);
+    for side in [&mut pair.a, &mut pair.b] {
+        assert_eq!(changed(side).len(), 2, "the old one and the new one");
+    }
+}
+
+// There may be tens of thousands: what the first exchanges needed must be gone, and what is rare must not be in each.
+#[test]
+fn an_ike_sa_that_is_up_keeps_little() {
+    let mut pair = Pair::configured(1, Conditions::PERFECT);
+    pair.up_a();
+    pair.run(Duration::from_secs(3));
+    pair.assert_agreement(1);
+    for side in [&mut pair.a, &mut pair.b] {
+        side.endpoint.everything_has_changed();
+        let saved = changed(side);
+        assert!(saved.iter().all(|bytes| *bytes < 2000), "{saved:?} bytes");
+    }
+    assert!(size_of::<IkeSa>() <= 1184, "{}", size_of::<IkeSa>());
 }

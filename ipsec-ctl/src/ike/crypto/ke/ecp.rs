@@ -2,7 +2,7 @@
 
 use zeroize::Zeroizing;
 
-use super::KeError;
+use super::{KeError, ecp521};
 use crate::ike::crypto::transform::Group;
 
 /// Runs an expression with `$curve` naming the crate of the group.
@@ -69,7 +69,16 @@ pub(super) fn agree(
         // RFC 6989 section 2.3: the point is on the curve and not the one at infinity.
         let public =
             curve::PublicKey::from_sec1_bytes(&uncompressed).map_err(|_| KeError::Value)?;
+        if group == Group::Ecp521 {
+            return agree_521(value, &uncompressed).ok_or(KeError::Length);
+        }
         let shared = secret.diffie_hellman(&public);
         Ok(Zeroizing::new(shared.raw_secret_bytes().to_vec()))
     })
+}
+
+/// As [`agree`], of values that are valid: a byte for the kind of encoding, x and y.
+fn agree_521(value: &[u8], point: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    let (x, y) = point.get(1..)?.split_first_chunk()?;
+    ecp521::multiply(value.try_into().ok()?, x, y.try_into().ok()?)
 }

@@ -3,6 +3,7 @@
 //! ring keeps its private keys to itself, so these come from RustCrypto and dalek, whose arithmetic is constant-time.
 
 mod ecp;
+mod ecp521;
 mod modp;
 mod x25519;
 

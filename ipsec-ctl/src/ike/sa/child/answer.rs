@@ -242,7 +242,7 @@ impl IkeSa {
         };
         let private = PrivateKey::generate(group, &mut *shared.random);
         let job = self.queue_job(shared, private, Some(ke.public.to_vec()), true);
-        self.answering = Some(Waiting { job, what });
+        self.answering = Some(Box::new(Waiting { job, what }));
     }
 
     pub(super) fn answer_child(

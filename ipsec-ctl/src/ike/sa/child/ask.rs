@@ -67,7 +67,7 @@ impl IkeSa {
                 pending.private = Some(private.clone());
                 let job = self.queue_job(shared, private, None, true);
                 let what = ChildJob::Public(pending);
-                self.asking = Some(Waiting { job, what });
+                self.asking = Some(Box::new(Waiting { job, what }));
             }
         }
     }
@@ -173,7 +173,7 @@ impl IkeSa {
                 let public = ke.public.to_vec();
                 let job = self.queue_job(shared, private, Some(public), false);
                 let what = ChildJob::Agree(pending, agreed);
-                self.asking = Some(Waiting { job, what });
+                self.asking = Some(Box::new(Waiting { job, what }));
             }
             _ => {
                 let detail = "its key exchange is not the one that was asked for".to_owned();

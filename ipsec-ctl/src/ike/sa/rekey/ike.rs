@@ -124,7 +124,7 @@ impl IkeSa {
     fn begin_ike(&mut self, shared: &mut Shared, pending: PendingIke) {
         let job = self.queue_job(shared, pending.private.clone(), None, true);
         let what = ChildJob::Ike(IkeJob::Public(pending));
-        self.asking = Some(Waiting { job, what });
+        self.asking = Some(Box::new(Waiting { job, what }));
     }
 
     fn send_ike(&mut self, shared: &mut Shared, now: Time, pending: PendingIke, public: &[u8]) {
@@ -197,11 +197,11 @@ impl IkeSa {
     /// Takes back a request for an heir that was not sent yet: what the peer wants comes first. The wish for it stays.
     fn withdraw_unsent_heir(&mut self, shared: &mut Shared) {
         let unsent =
-            |waiting: &mut Waiting| matches!(waiting.what, ChildJob::Ike(IkeJob::Public(_)));
+            |waiting: &mut Box<Waiting>| matches!(waiting.what, ChildJob::Ike(IkeJob::Public(_)));
         if let Some(Waiting {
             what: ChildJob::Ike(job),
             ..
-        }) = self.asking.take_if(unsent)
+        }) = self.asking.take_if(unsent).as_deref()
         {
             shared.release_ike_spi(job.spi());
             self.tasks.push_back(Task::RekeyIke);
@@ -262,7 +262,7 @@ impl IkeSa {
             nonce_r,
             number: choice.number,
         });
-        self.answering = Some(Waiting { job, what });
+        self.answering = Some(Box::new(Waiting { job, what }));
     }
 
     /// A key exchange for an heir is done.
@@ -415,7 +415,7 @@ impl IkeSa {
             nonce: nonce.bytes().to_vec(),
         };
         let what = ChildJob::Ike(IkeJob::Agree(pending, agreed));
-        self.asking = Some(Waiting { job, what });
+        self.asking = Some(Box::new(Waiting { job, what }));
     }
 
     /// The peer believes in an heir that we cannot have: a fresh IKE SA makes an end of it.
@@ -584,7 +584,7 @@ impl IkeSa {
         secret: &[u8],
     ) -> Option<Self> {
         let (keys, old) = self.keys.as_ref().zip(self.suite)?;
-        let keys = keys.rekeyed(
+        let mut keys = keys.rekeyed(
             old.prf,
             &birth.suite,
             secret,
@@ -592,6 +592,7 @@ impl IkeSa {
             birth.spi_i,
             birth.spi_r,
         );
+        keys.forget_proofs();
         let mut heir = Self {
             peer: self.peer,
             initiator: birth.initiator,
@@ -602,8 +603,6 @@ impl IkeSa {
             established: Some(now),
             suite: Some(birth.suite),
             keys: Some(keys),
-            nonce_i: birth.nonces.initiator.to_vec(),
-            nonce_r: birth.nonces.responder.to_vec(),
             local_id: self.local_id.clone(),
             remote_id: self.remote_id.clone(),
             fragments: self.fragments.inherited(),
