@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use crate::{
+    capture::Capture,
     gateway::{Gateway, Tunnel},
     ping::Ping,
     topology::{Family, Side, Topology},
@@ -79,6 +80,55 @@ pub fn conversation(topology: &Topology, family: Family) -> anyhow::Result<u64> 
         packets += 2 * u64::from(ping.received) + flow.received;
     }
     Ok(packets)
+}
+
+/// Both ends of a tunnel between the sites; A starts.
+pub fn ends(family: Family) -> (Tunnel, Tunnel) {
+    (
+        Tunnel::between_sites(Side::A, family),
+        Tunnel::between_sites(Side::B, family).respond(),
+    )
+}
+
+/// A flow in the background, long enough for any test; most of it is meant to get lost.
+///
+/// # Errors
+///
+/// Sockets cannot be opened.
+pub fn endless(topology: &Topology, from: Side, family: Family) -> anyhow::Result<Running> {
+    let flow = Flow {
+        rate: Some(500),
+        time: Duration::from_secs(120),
+        ..Flow::to(from.other().host(family))
+    };
+    flow.start(topology.host(from), topology.host(from.other()))
+}
+
+/// Stops both gateways, which keeps the hosts apart, and releases what they have left, which lets them meet in the clear: so it was
+/// the protection that kept them apart. The capture is of the network between.
+///
+/// # Errors
+///
+/// What was otherwise.
+pub fn stop_and_release(
+    topology: &Topology,
+    capture: Capture,
+    gateways: [&mut Gateway<'_>; 2],
+) -> anyhow::Result<()> {
+    let [a, b] = gateways;
+    for gateway in [&mut *a, &mut *b] {
+        let status = gateway.stop()?;
+        ensure!(status.success(), "{status}");
+    }
+    hosts_are_apart(topology, Family::V4)?;
+    capture.stop().is_clean()?;
+    for gateway in [a, b] {
+        gateway.release()?;
+    }
+    hosts_talk(topology, Family::V4)?;
+    let devices = topology.gateway_a.ip("link show")?;
+    ensure!(!devices.contains("site"), "{devices}");
+    Ok(())
 }
 
 /// Numbered packets between the hosts, both ways, until [`Flows::are_perfect`].

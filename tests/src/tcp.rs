@@ -4,6 +4,7 @@ use std::{
     fmt,
     io::{ErrorKind, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
     thread,
     time::{Duration, Instant},
 };
@@ -44,6 +45,58 @@ impl fmt::Display for TransferReport {
             self.time.as_secs_f64(),
             self.bits_per_second() / 1e6
         )
+    }
+}
+
+/// The MSS that a SYN has when it arrives, from one namespace at `to` in another.
+///
+/// # Errors
+///
+/// No connection, or a SYN without the option.
+#[expect(unsafe_code, reason = "the kernel's copy of a SYN has no safe wrapper")]
+pub fn arriving_mss(from: &Netns, into: &Netns, to: IpAddr) -> anyhow::Result<u16> {
+    let listener = into.run(|| Ok(TcpListener::bind(SocketAddr::new(to, 0))?))?;
+    let on: libc::c_int = 1;
+    // SAFETY: the option's value is an int that lives for the call.
+    let set = unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_SAVE_SYN,
+            (&raw const on).cast(),
+            libc::socklen_t::try_from(size_of_val(&on)).unwrap_or_default(),
+        )
+    };
+    ensure!(
+        set == 0,
+        "TCP_SAVE_SYN: {}",
+        std::io::Error::last_os_error()
+    );
+    let address = listener.local_addr()?;
+    let _caller = from.run(|| Ok(TcpStream::connect_timeout(&address, SILENCE)?))?;
+    let (accepted, _) = listener.accept()?;
+    let mut syn = [0_u8; 256];
+    let mut length = libc::socklen_t::try_from(syn.len())?;
+    // SAFETY: the kernel writes at most as many bytes as `length` says there are.
+    let got = unsafe {
+        libc::getsockopt(
+            accepted.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_SAVED_SYN,
+            syn.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    ensure!(
+        got == 0,
+        "TCP_SAVED_SYN: {}",
+        std::io::Error::last_os_error()
+    );
+    // Behind an IPv4 header without options, or an IPv6 header, and a TCP header of 20 bytes.
+    let options = if to.is_ipv4() { 20 } else { 40 } + 20;
+    match syn.get(options..options + 4) {
+        Some([2, 4, high, low]) => Ok(u16::from_be_bytes([*high, *low])),
+        other => bail!("the first option of the SYN is {other:?}"),
     }
 }
 

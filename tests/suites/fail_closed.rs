@@ -8,11 +8,10 @@ use ipsec_tests::{
     capture::Capture,
     cases,
     gateway::{Gateway, Tunnel},
-    pair::{PATIENCE, hosts_are_apart, hosts_talk, start_default},
+    pair::{PATIENCE, endless, ends, hosts_talk, start_default, stop_and_release},
     ping::Ping,
     suite,
     topology::{Family, Options, Side, Topology},
-    udp::{Flow, Running},
 };
 
 fn main() -> ExitCode {
@@ -39,22 +38,11 @@ fn tunnel(side: Side) -> Tunnel {
     }
 }
 
-/// A flow in the background, long enough for any test; most of it is meant to get lost.
-fn endless(topology: &Topology, from: Side, family: Family) -> anyhow::Result<Running> {
-    let flow = Flow {
-        rate: Some(500),
-        time: Duration::from_secs(120),
-        ..Flow::to(from.other().host(family))
-    };
-    flow.start(topology.host(from), topology.host(from.other()))
-}
-
 fn nothing_is_in_the_clear_from_the_guard_through_start_kill_and_restart() -> anyhow::Result<()> {
     for family in [V4, V6] {
         let topology = Topology::build(Options::default())?;
         let capture = Capture::start(&topology.router)?;
-        let a = Tunnel::between_sites(Side::A, family);
-        let b = Tunnel::between_sites(Side::B, family).respond();
+        let (a, b) = ends(family);
         let mut gateway_a = Gateway::prepare(&topology.gateway_a, "", &[a])?;
         let mut gateway_b = Gateway::prepare(&topology.gateway_b, "", &[b])?;
         for gateway in [&gateway_a, &gateway_b] {
@@ -130,20 +118,7 @@ fn protection_outlives_a_stopped_daemon_until_release() -> anyhow::Result<()> {
     let capture = Capture::start(&topology.router)?;
     let (mut a, mut b) = start_default(&topology)?;
     hosts_talk(&topology, V4)?;
-    for gateway in [&mut a, &mut b] {
-        let status = gateway.stop()?;
-        ensure!(status.success(), "{status}");
-    }
-    hosts_are_apart(&topology, V4)?;
-    capture.stop().is_clean()?;
-    for gateway in [&a, &b] {
-        gateway.release()?;
-    }
-    // Now nobody claims the prefixes, and the hosts meet in the clear: it was the protection that kept them apart.
-    hosts_talk(&topology, V4)?;
-    let devices = topology.gateway_a.ip("link show")?;
-    ensure!(!devices.contains("site"), "{devices}");
-    Ok(())
+    stop_and_release(&topology, capture, [&mut a, &mut b])
 }
 
 fn a_tunnel_removed_by_reload_frees_its_prefixes_and_a_new_one_takes_them() -> anyhow::Result<()> {

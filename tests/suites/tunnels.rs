@@ -10,7 +10,9 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{ChildSettings, Gateway, Tunnel},
-    pair::{Flows, PATIENCE, conversation, hosts_are_apart, hosts_talk, start, start_default},
+    pair::{
+        Flows, PATIENCE, conversation, ends, hosts_are_apart, hosts_talk, start, start_default,
+    },
     ping::Ping,
     suite::{self, Need::*},
     tcp,
@@ -45,13 +47,6 @@ fn main() -> ExitCode {
 
 const V4: Family = Family::V4;
 const V6: Family = Family::V6;
-
-fn ends(family: Family) -> (Tunnel, Tunnel) {
-    (
-        Tunnel::between_sites(Side::A, family),
-        Tunnel::between_sites(Side::B, family).respond(),
-    )
-}
 
 fn each_of_two_initiators_under_one_tunnel_gets_its_own_traffic() -> anyhow::Result<()> {
     branches::each_of_two_initiators_gets_its_own("engine = \"xdp\"")

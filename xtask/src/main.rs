@@ -45,7 +45,7 @@ enum Task {
         /// Leave everything running, and tell how to play with it
         #[arg(long)]
         keep: bool,
-        /// plain, nat, ipv6, any (selectors 0.0.0.0/0) or many (1,000 tunnels)
+        /// plain, nat, ipv6, any (selectors 0.0.0.0/0), many (1,000 tunnels) or many-kernel (the same on the kernel engine)
         #[arg(long, default_value = "plain")]
         scenario: String,
     },
@@ -77,7 +77,7 @@ enum Task {
         /// Fewer and shorter slices: a look in a minute or two
         #[arg(long)]
         quick: bool,
-        /// worker, many, strongswan, latency, ike; all of them if none is named
+        /// worker, many, strongswan, latency, ike: all of these if none is named; engines: the xdp and the kernel engine beside each other
         parts: Vec<String>,
     },
     /// Check what the compiler cannot: import directions, module descriptions, leftovers

@@ -1,5 +1,7 @@
-//! Netfilter: whether somebody's firewall looks at forwarded packets, and the one table of our own.
+//! Netfilter: whether somebody's firewall looks at forwarded packets, and the tables of our own.
 
+pub mod clamp;
+mod expression;
 pub mod guard;
 mod message;
 
@@ -9,6 +11,8 @@ use message::{Conversation, find, is_name, value};
 
 /// Name of our own nf_tables table.
 pub const OUR_TABLE: &str = "ipsec-xdp";
+/// Name of the one that clamps.
+const CLAMP_TABLE: &str = "ipsec-xdp-mss";
 
 const NFT_MSG_NEWCHAIN: u8 = 3;
 const NFT_MSG_GETCHAIN: u8 = 4;
@@ -62,7 +66,8 @@ fn is_foreign(kind: u8, body: &[u8]) -> bool {
         .and_then(|hook| find(hook, NFTA_HOOK_HOOKNUM))
         .and_then(|number| number.first_chunk::<4>())
         .map(|number| u32::from_be_bytes(*number));
-    !is_name(table, OUR_TABLE) && matches!(hook, Some(PREROUTING | FORWARD | POSTROUTING))
+    let ours = is_name(table, OUR_TABLE) || is_name(table, CLAMP_TABLE);
+    !ours && matches!(hook, Some(PREROUTING | FORWARD | POSTROUTING))
 }
 
 #[cfg(test)]
@@ -90,6 +95,7 @@ mod tests {
             (chain(2, "filter", None), false),
             (chain(5, "fw", Some(0)), false),
             (chain(2, "ipsec-xdp", Some(2)), false),
+            (chain(1, "ipsec-xdp-mss", Some(2)), false),
         ] {
             assert_eq!(is_foreign(NFT_MSG_NEWCHAIN, &body), expected, "{body:?}");
         }

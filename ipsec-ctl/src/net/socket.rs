@@ -18,6 +18,8 @@ use nix::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::esp_filter;
+
 /// Receive buffer of each socket in bytes: some milliseconds at full speed.
 const BUFFER_BYTES: usize = 4 << 20;
 
@@ -53,6 +55,15 @@ pub struct Listener {
 }
 
 impl Listener {
+    /// Keeps ESP with these SPIs away from a raw socket of ESP.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refused.
+    pub fn ignore(&self, v6: bool, spis: &[u32]) -> io::Result<()> {
+        self.socket.attach_filter(&esp_filter::without(v6, spis))
+    }
+
     /// A UDP socket on all addresses of a family.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 mod bed;
 mod cores;
+mod engines;
 pub(crate) mod generator;
 mod ike;
 mod ike_end;
@@ -23,6 +24,7 @@ use std::{thread, time::Duration};
 use anyhow::{Context, anyhow};
 use nix::sched::{CloneFlags, unshare};
 
+pub use engines::compare;
 pub use ike::{ANSWER, answer};
 pub use report::Report;
 

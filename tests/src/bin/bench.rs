@@ -1,9 +1,9 @@
 //! `cargo xtask bench`: measures, and leaves the report in the terminal and as JSON.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use ipsec_tests::bench::{ANSWER, Effort, Part, answer, measure};
+use ipsec_tests::bench::{ANSWER, Effort, Part, answer, compare, measure};
 
 fn main() -> ExitCode {
     match run() {
@@ -20,6 +20,7 @@ fn run() -> anyhow::Result<()> {
     let mut effort = Effort::full();
     let mut json = PathBuf::from("bench.json");
     let mut parts = Vec::new();
+    let mut engines = false;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -30,6 +31,7 @@ fn run() -> anyhow::Result<()> {
                 return answer(&next()?, &next()?);
             }
             "--json" => json = arguments.next().context("--json FILE")?.into(),
+            "engines" => engines = true,
             other => {
                 let part = Part::ALL.iter().find(|(name, _)| *name == other);
                 parts.push(
@@ -39,13 +41,20 @@ fn run() -> anyhow::Result<()> {
             }
         }
     }
-    if parts.is_empty() {
-        parts = Part::ALL.map(|(_, part)| part).to_vec();
-    }
     anyhow::ensure!(
         nix::unistd::geteuid().is_root(),
         "benchmarks need root for network namespaces and XDP"
     );
+    if engines {
+        let time = Duration::from_secs(if effort.rounds > 5 { 5 } else { 1 });
+        println!("{}", compare(time)?);
+        if parts.is_empty() {
+            return Ok(());
+        }
+    }
+    if parts.is_empty() {
+        parts = Part::ALL.map(|(_, part)| part).to_vec();
+    }
     let report = measure(&effort, &parts)?;
     println!("{report}");
     std::fs::write(&json, format!("{:#}\n", report.json()))

@@ -35,6 +35,7 @@ enum Scenario {
 fn main() -> ExitCode {
     let mut scenario = Scenario::Plain;
     let mut keep = false;
+    let mut engine = "xdp";
     for argument in std::env::args().skip(1) {
         match argument.as_str() {
             "--keep" => keep = true,
@@ -42,15 +43,21 @@ fn main() -> ExitCode {
             "ipv6" => scenario = Scenario::Ipv6,
             "any" => scenario = Scenario::Any,
             "many" => scenario = Scenario::Many,
+            "many-kernel" => {
+                scenario = Scenario::Many;
+                engine = "kernel";
+            }
             "plain" => scenario = Scenario::Plain,
             other => {
-                eprintln!("unknown scenario `{other}`: there are plain, nat, ipv6, any and many");
+                eprintln!(
+                    "unknown scenario `{other}`: there are plain, nat, ipv6, any, many and many-kernel"
+                );
                 return ExitCode::FAILURE;
             }
         }
     }
     let result = if scenario == Scenario::Many {
-        many()
+        many(engine)
     } else {
         demo(scenario, keep)
     };
@@ -299,7 +306,7 @@ fn play(topology: &Topology, gateway: &Gateway<'_>) -> String {
 }
 
 /// A thousand tunnels between the two gateways.
-fn many() -> anyhow::Result<bool> {
+fn many(engine: &str) -> anyhow::Result<bool> {
     let scope = Scope::tagged("demo");
     scope.sweep();
     let topology = Topology::build_as(scope, Options::default())?;
@@ -307,13 +314,14 @@ fn many() -> anyhow::Result<bool> {
     say(&format!(
         "{MANY} tunnels between two gateways, each with a device, an IKE SA and a child of its own."
     ));
-    let top = "[limits]\nhalf_open = 5000\nhalf_open_per_source = 5000\n";
+    let top =
+        format!("engine = \"{engine}\"\n[limits]\nhalf_open = 5000\nhalf_open_per_source = 5000\n");
     let configs =
         |side: Side| -> Vec<Tunnel> { (0..MANY).map(|number| one_of_many(side, number)).collect() };
     let mut table = Table::default();
-    let gateway_b = Gateway::start_with(&topology.gateway_b, top, &configs(Side::B))?;
+    let gateway_b = Gateway::start_with(&topology.gateway_b, &top, &configs(Side::B))?;
     let start = Instant::now();
-    let gateway_a = Gateway::start_with(&topology.gateway_a, top, &configs(Side::A))?;
+    let gateway_a = Gateway::start_with(&topology.gateway_a, &top, &configs(Side::A))?;
     let up = |status: &Status| {
         status
             .tunnels

@@ -39,6 +39,7 @@ use crate::{
     },
     esp::{EspKeys, EspSuite, EspTransform},
     net::{
+        netfilter,
         netlink::{Netlink, NetlinkError},
         watch,
         xfrm::{
@@ -108,6 +109,8 @@ struct Inner {
 /// What commands change, one at a time.
 #[derive(Default)]
 struct Everything {
+    /// Devices whose TCP is clamped, with their MTU, as the kernel was told last.
+    clamped: BTreeMap<String, u16>,
     tunnels: BTreeMap<TunnelId, Tunnel>,
     sas: BTreeMap<SaId, Sa>,
     sockets: Sockets,
@@ -234,8 +237,11 @@ impl Engine {
             Command::MoveOuter(id, outer) => {
                 inner.move_outer(&mut everything, id, outer).map(|()| None)
             }
-            // IKE is the other engine's, and the carrier of an xfrm interface cannot be changed.
-            Command::SendIke(_) | Command::SetCarrier(..) => Ok(None),
+            // IKE is the other engine's.
+            Command::SendIke(_) => Ok(None),
+            Command::SetCarrier(id, on) => {
+                inner.set_carrier(&everything, id, on).await.map(|()| None)
+            }
         }
     }
 
@@ -584,7 +590,13 @@ impl Inner {
                     self.lodge.send(Event::PeerMoved { sa, remote: source });
                 }
             }
-            Notice::Removed | Notice::Overrun => self.dirty.notify_one(),
+            Notice::Removed => self.dirty.notify_one(),
+            Notice::Overrun => {
+                tracing::warn!(
+                    "notifications of the kernel's IPsec were lost: all of it is looked at"
+                );
+                self.dirty.notify_one();
+            }
         }
     }
 }
@@ -622,6 +634,12 @@ fn state(
             hard_bytes: spec.lifetime.hard_bytes,
             soft_packets: spec.lifetime.soft_packets,
             hard_packets: spec.lifetime.hard_packets,
+            // The daemon rekeys by time on its own, and early: only the end is the kernel's to keep.
+            soft_seconds: 0,
+            hard_seconds: spec
+                .lifetime
+                .expires
+                .map_or(0, |at| at.saturating_sub(monotonic_seconds()).max(1)),
         },
         copy_dscp: tunnel.spec.copy_dscp,
         clear_df: tunnel.clears_df(),
@@ -737,6 +755,12 @@ pub async fn release(netlink: &Netlink) -> Result<usize, NetlinkError> {
             netlink.remove_link(interface.index).await?;
             interfaces += 1;
         }
+    }
+    match netfilter::clamp::install(&BTreeMap::new()) {
+        Err(error) if error.kind() != io::ErrorKind::Unsupported => {
+            tracing::debug!(%error, "there is no table that clamps");
+        }
+        Ok(()) | Err(_) => {}
     }
     // A kernel without XFRM has neither states nor policies.
     let Ok(xfrm) = Xfrm::open() else {

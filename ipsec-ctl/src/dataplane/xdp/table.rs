@@ -262,6 +262,11 @@ impl Tables {
         });
     }
 
+    /// SPIs of the inbound SAs that are another engine's.
+    pub fn passed(&self) -> Vec<u32> {
+        self.passed.load().iter().map(|(spi, _)| spi.0).collect()
+    }
+
     /// Whether an inbound SA is another engine's.
     pub fn passes(&self, spi: Spi, destination: IpAddr) -> bool {
         self.passed.load().contains(&(spi, destination))

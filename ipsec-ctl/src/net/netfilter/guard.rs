@@ -11,6 +11,10 @@ use std::{
 
 use super::{
     OUR_TABLE,
+    expression::{
+        LIST_ELEMENT, META_IIFNAME, META_L4PROTO, META_NFPROTO, compare, data, expression, list,
+        mask, meta, network, transport,
+    },
     message::{Attributes, Batch, Conversation, find, is_name, value},
 };
 
@@ -68,7 +72,6 @@ const NFT_MSG_NEWOBJ: u8 = 18;
 const NFT_MSG_GETOBJ: u8 = 19;
 /// First attribute of tables, chains, rules, sets, elements and objects alike: the name of the table.
 const TABLE: u16 = 1;
-const LIST_ELEMENT: u16 = 1;
 const COUNTER: &str = "cleartext";
 const CHAIN: &str = "guard";
 const EXEMPT: &str = "exempt";
@@ -293,18 +296,6 @@ fn paired<A: Copy + Into<IpAddr>>(pair: &Pair<A>) -> Attributes {
         .nested(10, &key(pair.source.last, pair.destination.last))
 }
 
-fn data(value: &[u8]) -> Attributes {
-    Attributes::default().bytes(1, value)
-}
-
-fn list(elements: Vec<Attributes>) -> Attributes {
-    elements
-        .iter()
-        .fold(Attributes::default(), |list, element| {
-            list.nested(LIST_ELEMENT, element)
-        })
-}
-
 /// The rules, with their chains, in their order.
 fn rules(guard: &Guard) -> Vec<(&'static str, Vec<Attributes>)> {
     const IPV4: u8 = 2;
@@ -409,23 +400,11 @@ fn rules(guard: &Guard) -> Vec<(&'static str, Vec<Attributes>)> {
     rules
 }
 
-const META_IIFNAME: u32 = 6;
-const META_NFPROTO: u32 = 15;
-const META_L4PROTO: u32 = 16;
 const SOURCE: u32 = 1;
 const DESTINATION: u32 = 2;
 const FIB_INDEX: u32 = 1;
 const FIB_NAME: u32 = 2;
 const FIB_TYPE: u32 = 3;
-
-fn expression(name: &str, data: &Attributes) -> Attributes {
-    Attributes::default().name(1, name).nested(2, data)
-}
-
-/// Loads something about the packet into register 1.
-fn meta(key: u32) -> Attributes {
-    expression("meta", &Attributes::default().number(1, 1).number(2, key))
-}
 
 /// Asks the kernel's routes about an address of the packet, into register 1.
 fn fib(address: u32, result: u32) -> Attributes {
@@ -436,45 +415,6 @@ fn fib(address: u32, result: u32) -> Attributes {
             .number(2, result)
             .number(3, address),
     )
-}
-
-fn payload(base: u32, offset: u32, length: u32, register: u32) -> Attributes {
-    let data = Attributes::default()
-        .number(1, register)
-        .number(2, base)
-        .number(3, offset)
-        .number(4, length);
-    expression("payload", &data)
-}
-
-/// Loads bytes of the network header.
-fn network(offset: u32, length: u32, register: u32) -> Attributes {
-    payload(1, offset, length, register)
-}
-
-/// Loads bytes of the transport header into register 1; fragments after the first do not get past it.
-fn transport(offset: u32, length: u32) -> Attributes {
-    payload(2, offset, length, 1)
-}
-
-/// Keeps the masked bits of two bytes in register 1.
-fn mask(bits: [u8; 2]) -> Attributes {
-    let masked = Attributes::default()
-        .number(1, 1)
-        .number(2, 1)
-        .number(3, 2)
-        .nested(4, &data(&bits))
-        .nested(5, &data(&[0, 0]));
-    expression("bitwise", &masked)
-}
-
-/// Goes on only if register 1 is, or is not, this.
-fn compare(equal: bool, value: &[u8]) -> Attributes {
-    let data = Attributes::default()
-        .number(1, 1)
-        .number(2, u32::from(!equal))
-        .nested(3, &data(value));
-    expression("cmp", &data)
 }
 
 /// Goes on only if what is in register 1 is in a set.

@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoXfrm, LinkAttribute, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoXfrm, LinkAttribute, LinkInfo, LinkMessage, LinkMode, State,
 };
-use rtnetlink::{LinkMessageBuilder, LinkXfrm};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkXfrm};
 
 use crate::net::netlink::{Netlink, NetlinkError};
 
@@ -67,6 +67,22 @@ impl Netlink {
             Err(error) if error.errno == Some(libc::ENODEV) => Ok(()),
             other => other,
         }
+    }
+
+    /// Makes a link that is set up be operational or not (RFC 2863): the kernel tells programs that it runs, or that it does not.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`].
+    pub async fn set_operational(&self, index: u32, on: bool) -> Result<(), NetlinkError> {
+        let state = if on { State::Up } else { State::Dormant };
+        let message = LinkUnspec::new_with_index(index)
+            // Up to dormant by itself, and no further.
+            .append_extra_attribute(LinkAttribute::Mode(LinkMode::Dormant))
+            .append_extra_attribute(LinkAttribute::OperState(state))
+            .build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| NetlinkError::new(format!("set the state of link {index}"), &error))
     }
 
     /// MTU of the path to a peer in bytes, as far as routes and links tell; none if there is no route.

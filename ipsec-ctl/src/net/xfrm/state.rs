@@ -58,7 +58,7 @@ pub struct Encap {
     pub destination_port: u16,
 }
 
-/// Limits by volume; `u64::MAX` is none.
+/// Limits; by volume `u64::MAX` is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes after which the kernel says so.
@@ -69,6 +69,10 @@ pub struct Limits {
     pub soft_packets: u64,
     /// Packets after which the state is gone.
     pub hard_packets: u64,
+    /// Seconds after which the kernel says so; 0 is never.
+    pub soft_seconds: u64,
+    /// Seconds after which the state is gone; 0 is never.
+    pub hard_seconds: u64,
 }
 
 impl Limits {
@@ -78,6 +82,8 @@ impl Limits {
         hard_bytes: u64::MAX,
         soft_packets: u64::MAX,
         hard_packets: u64::MAX,
+        soft_seconds: 0,
+        hard_seconds: 0,
     };
 }
 
@@ -203,6 +209,8 @@ impl State {
                 hard_byte_limit: self.limits.hard_bytes,
                 soft_packet_limit: self.limits.soft_packets,
                 hard_packet_limit: self.limits.hard_packets,
+                soft_add_expires_seconds: self.limits.soft_seconds,
+                hard_add_expires_seconds: self.limits.hard_seconds,
                 ..LifetimeConfig::default()
             },
             ..UserSaInfo::default()

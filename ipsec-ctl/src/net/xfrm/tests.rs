@@ -82,6 +82,7 @@ fn a_state_with_esn_and_an_interface_is_what_iproute_sends() {
             hard_bytes: 1000,
             soft_packets: 90,
             hard_packets: 100,
+            ..Limits::NONE
         },
         copy_dscp: false,
         ..state("192.0.2.1", "192.0.2.2", algorithms)

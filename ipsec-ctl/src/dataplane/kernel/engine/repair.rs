@@ -1,6 +1,6 @@
 //! What others have removed is put back, and what a former life has left is taken away.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{Everything, Inner, NO_IF_ID, is_our_state, is_ours, used};
 use crate::{
@@ -8,7 +8,10 @@ use crate::{
         kernel::transport,
         seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
     },
-    net::xfrm::{Policy, StateId},
+    net::{
+        netfilter,
+        xfrm::{Policy, StateId},
+    },
 };
 
 impl Inner {
@@ -41,6 +44,7 @@ impl Inner {
         self.find_lost_states(all);
         self.restore_policies(all);
         self.restore_devices(all).await;
+        clamp(all);
         if all.complete {
             self.remove_leftovers(all).await;
         }
@@ -172,4 +176,22 @@ impl Inner {
             }
         }
     }
+}
+
+/// Has the kernel lower the MSS of TCP that is forwarded through devices.
+fn clamp(all: &mut Everything) {
+    let wanted: BTreeMap<String, u16> = all
+        .tunnels
+        .values()
+        .filter(|tunnel| tunnel.has_device() && tunnel.spec.clamp_mss)
+        .map(|tunnel| (tunnel.spec.device.clone(), tunnel.mtu))
+        .collect();
+    if wanted == all.clamped {
+        return;
+    }
+    if let Err(error) = netfilter::clamp::install(&wanted) {
+        // TCP finds the MTU by ICMP then.
+        tracing::warn!(%error, "the MSS of TCP is not lowered: that takes nf_tables");
+    }
+    all.clamped = wanted;
 }

@@ -239,6 +239,22 @@ impl Inner {
             .await
     }
 
+    /// Lets routing daemons see whether the tunnel is up. An xfrm interface has no carrier to take away; its operational
+    /// state (RFC 2863 section 3.1.12) is what they look at.
+    pub(super) async fn set_carrier(
+        &self,
+        all: &Everything,
+        id: TunnelId,
+        on: bool,
+    ) -> Result<(), Rejected> {
+        let tunnel = all.tunnels.get(&id).ok_or(Rejected::UnknownTunnel)?;
+        if !tunnel.has_device() {
+            return Ok(());
+        }
+        let set = self.netlink.set_operational(tunnel.ifindex, on);
+        Ok(set.await?)
+    }
+
     pub(super) async fn remove_tunnel(
         &self,
         all: &mut Everything,
@@ -263,6 +279,7 @@ impl Inner {
         for policy in &tunnel.policies {
             self.xfrm.remove_policy(policy)?;
         }
+        self.dirty.notify_one();
         removed.map_err(Rejected::from)
     }
 
@@ -354,9 +371,14 @@ impl Inner {
         if let Err(error) = self.netlink.set_mtu(tunnel.ifindex, mtu.into()).await {
             tracing::warn!(%error, mtu, "the MTU of a tunnel's device cannot be set");
         }
+        let clamps = tunnel.spec.clamp_mss;
         if mtu != tunnel.mtu {
             tunnel.mtu = mtu;
             self.lodge.send(Event::MtuChanged { tunnel: id, mtu });
+        }
+        let device = &tunnel.spec.device;
+        if clamps != (all.clamped.get(device) == Some(&mtu)) {
+            self.dirty.notify_one();
         }
     }
 }

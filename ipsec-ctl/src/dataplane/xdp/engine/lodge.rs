@@ -81,11 +81,21 @@ impl Lodge {
     pub fn pass(&self, spi: Spi, local: IpAddr) {
         self.0.tables.pass(spi, local);
         self.0.fast().pass(spi, local);
+        self.ignore_passed();
     }
 
     /// Ends [`Self::pass`].
     pub fn pass_no_more(&self, spi: Spi, local: IpAddr) {
         self.0.fast().pass_no_more(spi, local);
         self.0.tables.pass_no_more(spi, local);
+        self.ignore_passed();
+    }
+
+    /// Spares the raw sockets what the kernel opens. Our SPIs are told apart by their numbers alone: no other SA of ours has one of
+    /// these.
+    fn ignore_passed(&self) {
+        if let Err(error) = self.0.slow.sockets.ignore(&self.0.tables.passed()) {
+            tracing::debug!(%error, "the kernel's ESP reaches the raw sockets");
+        }
     }
 }

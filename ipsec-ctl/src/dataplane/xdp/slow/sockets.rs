@@ -91,6 +91,17 @@ impl Sockets {
         })
     }
 
+    /// Keeps ESP with these SPIs, which another engine opens, away from the raw sockets.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refused.
+    pub fn ignore(&self, spis: &[u32]) -> io::Result<()> {
+        let raw = self.inlets.iter().filter(|inlet| inlet.kind == Kind::Esp);
+        raw.into_iter()
+            .try_for_each(|inlet| inlet.listener.ignore(inlet.v6, spis))
+    }
+
     /// Sends an IKE message, behind the marker unless it leaves from the plain IKE port.
     ///
     /// # Errors
