@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours, received, used};
+use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours, sa::received, used};
 use crate::{
     dataplane::{
         kernel::{
