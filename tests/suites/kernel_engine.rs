@@ -334,7 +334,7 @@ fn strongswan_on_the_kernels_esp_is_understood_over_ipv6() -> anyhow::Result<()>
     let swan = StrongSwan::start_with_kernel_esp(&topology.gateway_b)?;
     let mut connection = Connection {
         local: Some(Side::B.outside(V6)),
-        remote: Some(Side::A.outside(V6)),
+        remote: Some(Side::A.outside(V6).to_string()),
         lines: vec!["encap = no".to_owned()],
         ..Connection::between_sites(Side::B, ike, esp)
     };
@@ -379,6 +379,8 @@ fn the_device_and_its_states_are_as_the_other_engines() -> anyhow::Result<()> {
     is("DORMANT")?;
     a.up("site")?;
     is("UP")?;
+    // It is up as soon as it receives, a moment before it sends.
+    heals(&topology, "the tunnel to carry again")?;
     hosts_talk(&topology, V4)
 }
 
