@@ -30,6 +30,9 @@ impl<'a> Hops<'a> {
             nft(&format!(
                 "add rule inet hops pass oifname to-{letter} udp dport 1-65535 meta length > {SHORTEST} @th,64,32 != 0 counter name to-{letter}"
             ))?;
+            nft(&format!(
+                "add rule inet hops pass oifname to-{letter} meta l4proto esp meta length > {SHORTEST} counter name to-{letter}"
+            ))?;
         }
         Ok(Self { topology })
     }

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod branches;
 pub mod capture;
 pub mod command;
+pub mod connection;
 mod decode;
 pub mod flood;
 pub mod gateway;

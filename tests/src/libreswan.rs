@@ -5,83 +5,96 @@
 
 use std::{
     fs::{self, File},
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context, ensure};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::{
     command::{checked, output, tail, wait_for},
+    connection::{ChildConnection, Connection},
     gateway::PSK,
     netns::Netns,
     release::Release,
-    topology::{Family, Side},
 };
 
-/// A connection at site B. Algorithms are written as in our own configuration.
-#[derive(Clone, Debug)]
-pub struct Connection {
-    /// IKE proposal.
-    pub ike: String,
-    /// ESP proposal; with a group, children made or rekeyed later have a key exchange of their own.
-    pub esp: String,
-    /// Its own address, or `%defaultroute` for the kernel's choice.
-    pub own: String,
-    /// Our address, or any.
-    pub peer: String,
-    /// Its children: name, its side, our side.
-    pub children: Vec<[String; 3]>,
-    /// Further lines: `narrowing=yes`.
-    pub lines: Vec<String>,
-}
+/// Seconds for which it repeats a request, as many as a peer may need to come back in a test.
+const RETRANSMITS: u32 = 12;
 
-impl Connection {
-    /// To gateway A, with one child between the two sites.
-    pub fn between_sites(ike: &str, esp: &str) -> Self {
-        let prefix = |side: Side| side.prefix(Family::V4);
-        Self {
-            ike: ike.to_owned(),
-            esp: esp.to_owned(),
-            own: Side::B.outside(Family::V4).to_string(),
-            peer: Side::A.outside(Family::V4).to_string(),
-            children: vec![["net".to_owned(), prefix(Side::B), prefix(Side::A)]],
-            lines: Vec::new(),
+/// Its configuration: what holds for all, and one `conn` a child, for it knows no connections with several.
+fn render(connection: &Connection, setup: &[String], folder: &Path) -> String {
+    let mut text = format!(
+        "config setup\n    nssdir={}\n    uniqueids=yes\n",
+        folder.display()
+    );
+    text.extend(setup.iter().map(|line| format!("    {line}\n")));
+    for child in &connection.children {
+        text += &format!("\nconn {}\n", child.name);
+        for (key, value) in settings(connection, child) {
+            text += &format!("    {key}={value}\n");
+        }
+        for line in connection.lines.iter().chain(&child.lines) {
+            text += &format!("    {line}\n");
         }
     }
+    text
+}
 
-    fn render(&self, folder: &Path) -> String {
-        let mut text = format!(
-            "config setup\n    nssdir={}\n    uniqueids=yes\n",
-            folder.display()
-        );
-        let pfs = if self.esp == without_group(&self.esp) {
-            "no"
-        } else {
-            "yes"
-        };
-        for [name, local, remote] in &self.children {
-            text += &format!(
-                "\nconn {name}\n    left={}\n    right={}\n    leftid=@b.example\n    rightid=@a.example\n    \
-                 leftsubnet={local}\n    rightsubnet={remote}\n    authby=secret\n    ikev2=insist\n    ike={}\n    esp={}\n    \
-                 pfs={pfs}\n    leftupdown=%disabled\n    auto=ignore\n",
-                self.own,
-                self.peer,
-                algorithms(&self.ike),
-                esp_algorithms(&self.esp),
-            );
-            for line in &self.lines {
-                text += &format!("    {line}\n");
-            }
-        }
-        text
+fn settings(connection: &Connection, child: &ChildConnection) -> Vec<(&'static str, String)> {
+    let word = |yes| if yes { "yes" } else { "no" }.to_owned();
+    let own = connection.local.map(|address| address.to_string());
+    let mut settings = vec![
+        ("left", own.unwrap_or_else(|| "%defaultroute".to_owned())),
+        (
+            "right",
+            connection
+                .remote
+                .clone()
+                .unwrap_or_else(|| "%any".to_owned()),
+        ),
+        ("leftid", identity(&connection.local_id)),
+        ("rightid", identity(&connection.remote_id)),
+        ("leftsubnet", child.local.clone()),
+        ("rightsubnet", child.remote.clone()),
+        ("leftupdown", "%disabled".to_owned()),
+        ("authby", "secret".to_owned()),
+        ("ikev2", "insist".to_owned()),
+        ("ike", algorithms(&connection.ike)),
+        ("esp", esp_algorithms(&child.esp)),
+        ("pfs", word(child.esp != without_group(&child.esp))),
+        ("mobike", word(connection.mobike)),
+        ("fragmentation", word(connection.fragments)),
+        ("initial-contact", word(connection.initial_contact)),
+        ("retransmit-timeout", format!("{RETRANSMITS}s")),
+        ("auto", "ignore".to_owned()),
+    ];
+    if connection.local.is_some_and(|address| address.is_ipv6()) {
+        settings.push(("hostaddrfamily", "ipv6".to_owned()));
+    }
+    if connection.dpd > 0 {
+        settings.push(("dpddelay", format!("{}", connection.dpd)));
+        settings.push(("dpdtimeout", format!("{}", 3 * connection.dpd)));
+        settings.push(("dpdaction", "clear".to_owned()));
+    }
+    settings
+}
+
+/// An identity of ours, as it writes them.
+fn identity(ours: &str) -> String {
+    match ours.strip_prefix("keyid:") {
+        Some(text) => format!("@[{text}]"),
+        None if ours.contains('@') || ours.parse::<IpAddr>().is_ok() => ours.to_owned(),
+        None => format!("@{ours}"),
     }
 }
 
-/// A proposal of ours, as it writes them.
-fn algorithms(proposal: &str) -> String {
+/// Proposals of ours, comma-separated, as it writes them.
+fn algorithms(proposals: &str) -> String {
     let theirs = |word: &str| match word {
         "aes128gcm16" => "aes_gcm128".to_owned(),
         "aes256gcm16" => "aes_gcm256".to_owned(),
@@ -100,16 +113,20 @@ fn algorithms(proposal: &str) -> String {
         "modp8192" => "dh18".to_owned(),
         word => word.to_owned(),
     };
-    proposal
-        .split('-')
-        .map(theirs)
-        .collect::<Vec<_>>()
-        .join("-")
+    let one = |proposal: &str| {
+        let words: Vec<_> = proposal.split('-').map(theirs).collect();
+        // Of one kind it has several behind a plus.
+        words
+            .join("-")
+            .replace("-dh", "+dh")
+            .replacen("+dh", "-dh", 1)
+    };
+    proposals.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
-/// An ESP proposal of ours, whose group it wants behind a semicolon.
-fn esp_algorithms(proposal: &str) -> String {
-    algorithms(proposal).replace("-dh", ";dh")
+/// ESP proposals of ours, whose group it wants behind a semicolon.
+fn esp_algorithms(proposals: &str) -> String {
+    algorithms(proposals).replace("-dh", ";dh")
 }
 
 /// A proposal of ours without its group.
@@ -121,31 +138,41 @@ fn without_group(proposal: &str) -> String {
 
 /// A running pluto; killed on drop.
 #[derive(Debug)]
-pub struct LibreSwan {
+pub struct LibreSwan<'a> {
     release: Release,
+    netns: &'a Netns,
+    /// Further lines of `config setup`.
+    setup: Vec<String>,
     folder: TempDir,
     child: Child,
 }
 
-impl LibreSwan {
-    /// Starts pluto in a namespace and waits until it can be asked.
+impl<'a> LibreSwan<'a> {
+    /// Starts pluto in a namespace, with further lines of `config setup`, and waits until it can be asked.
     ///
     /// # Errors
     ///
     /// It does not come up; the error has its log.
-    pub fn start(release: &Release, netns: &Netns) -> anyhow::Result<Self> {
+    pub fn start(release: &Release, netns: &'a Netns, setup: &[&str]) -> anyhow::Result<Self> {
         release.make_usable()?;
         let folder = release.folder("ipx-libreswan-")?;
-        Self::start_in(release.clone(), netns, folder)
+        let setup = setup.iter().map(|line| (*line).to_owned()).collect();
+        Self::start_in(release.clone(), netns, setup, folder)
     }
 
-    fn start_in(release: Release, netns: &Netns, folder: TempDir) -> anyhow::Result<Self> {
+    fn start_in(
+        release: Release,
+        netns: &'a Netns,
+        setup: Vec<String>,
+        folder: TempDir,
+    ) -> anyhow::Result<Self> {
         let (path, seen) = (folder.path(), release.seen(folder.path()));
         fs::write(path.join("ipsec.secrets"), format!(": PSK \"{PSK}\"\n"))?;
         if !path.join("ipsec.conf").exists() {
             // What the file does not say is as it was when pluto was built, whatever its options say.
-            let setup = format!("config setup\n    nssdir={}\n", seen.display());
-            fs::write(path.join("ipsec.conf"), setup)?;
+            let mut text = format!("config setup\n    nssdir={}\n", seen.display());
+            text.extend(setup.iter().map(|line| format!("    {line}\n")));
+            fs::write(path.join("ipsec.conf"), text)?;
             let mut database = release.command("certutil")?;
             database.arg("-N").arg("-d");
             database.arg(format!("sql:{}", seen.display()));
@@ -169,6 +196,8 @@ impl LibreSwan {
             .context("pluto cannot be started")?;
         let started = Self {
             release,
+            netns,
+            setup,
             folder,
             child,
         };
@@ -186,12 +215,14 @@ impl LibreSwan {
     /// What it said.
     pub fn load(&self, connection: &Connection) -> anyhow::Result<()> {
         let seen = self.release.seen(self.folder.path());
-        fs::write(self.file("ipsec.conf"), connection.render(&seen))?;
-        for [name, ..] in &connection.children {
-            let mut command = self.release.command("addconn")?;
+        let text = render(connection, &self.setup, &seen);
+        fs::write(self.file("ipsec.conf"), text)?;
+        for child in &connection.children {
+            // In its namespace, whose routes tell its own address where none is given.
+            let mut command = self.release.command_in(self.netns, "addconn")?;
             command.arg("--config").arg(seen.join("ipsec.conf"));
             command.arg("--ctlsocket").arg(seen.join("pluto.ctl"));
-            said(command.arg(name))?;
+            said(command.arg(&child.name))?;
         }
         Ok(())
     }
@@ -221,6 +252,21 @@ impl LibreSwan {
         self.whack(&["--terminate", "--name", child]).map(drop)
     }
 
+    /// Takes down the SAs of its one child and leaves the IKE SA up.
+    ///
+    /// # Errors
+    ///
+    /// It has none.
+    pub fn terminate_child(&self) -> anyhow::Result<()> {
+        let states = self.whack(&["--showstates"])?;
+        let (child, _) = states
+            .lines()
+            .find(|line| line.contains("ESTABLISHED_CHILD_SA"))
+            .and_then(|line| line.split_once('#')?.1.split_once(':'))
+            .with_context(|| format!("no child: {states}"))?;
+        self.whack(&["--deletestate", child]).map(drop)
+    }
+
     /// Has it rekey a child.
     ///
     /// # Errors
@@ -242,27 +288,43 @@ impl LibreSwan {
         self.whack(&["--rekey-ike", "--name", child]).map(drop)
     }
 
+    /// Its IKE SAs that are up.
+    ///
+    /// # Errors
+    ///
+    /// What it said.
+    pub fn ike_sas(&self) -> anyhow::Result<usize> {
+        let states = self.whack(&["--showstates"])?;
+        Ok(states.matches("ESTABLISHED_IKE_SA").count())
+    }
+
+    /// Its process.
+    ///
+    /// # Errors
+    ///
+    /// None that can happen.
+    pub fn pid(&self) -> anyhow::Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
+    }
+
     /// Kills it as a crash would, nothing said to its peers, and starts it again with the same connection.
     ///
     /// # Errors
     ///
     /// It does not come back.
-    pub fn crash_and_restart(
-        mut self,
-        netns: &Netns,
-        connection: &Connection,
-    ) -> anyhow::Result<Self> {
+    pub fn crash_and_restart(mut self, connection: &Connection) -> anyhow::Result<Self> {
         self.child.kill()?;
         self.child.wait()?;
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir()?);
-        let release = self.release.clone();
+        let (release, netns) = (self.release.clone(), self.netns);
+        let setup = std::mem::take(&mut self.setup);
         drop(self);
         for file in ["pluto.ctl", "pluto.pid"] {
             let _ = fs::remove_file(folder.path().join(file));
         }
         netns.ip("xfrm state flush")?;
         netns.ip("xfrm policy flush")?;
-        let again = Self::start_in(release, netns, folder)?;
+        let again = Self::start_in(release, netns, setup, folder)?;
         again.load(connection)?;
         Ok(again)
     }
@@ -302,7 +364,7 @@ fn said(command: &mut Command) -> anyhow::Result<String> {
     Ok(said)
 }
 
-impl Drop for LibreSwan {
+impl Drop for LibreSwan<'_> {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -319,10 +381,27 @@ mod tests {
             ("aes256gcm16-prfsha384-x25519", "aes_gcm256-sha2_384-dh31"),
             ("aes128-sha256-modp2048", "aes128-sha2_256-dh14"),
             ("chacha20poly1305", "chacha20_poly1305"),
+            ("aes256-sha256-x25519-ecp256", "aes256-sha2_256-dh31+dh19"),
+            (
+                "aes256-sha256,aes128-sha256",
+                "aes256-sha2_256,aes128-sha2_256",
+            ),
         ] {
             assert_eq!(algorithms(ours), theirs);
         }
         assert_eq!(esp_algorithms("aes256gcm16-ecp384"), "aes_gcm256;dh20");
         assert_eq!(without_group("aes128-sha256-ecp384"), "aes128-sha256");
+    }
+
+    #[test]
+    fn identities_are_written_as_libreswan_does() {
+        for (ours, theirs) in [
+            ("a.example", "@a.example"),
+            ("2001:db8::1", "2001:db8::1"),
+            ("a@example.org", "a@example.org"),
+            ("keyid:left", "@[left]"),
+        ] {
+            assert_eq!(identity(ours), theirs);
+        }
     }
 }

@@ -5,7 +5,6 @@
 
 use std::{
     fs::{self, File},
-    net::IpAddr,
     path::{Path, PathBuf},
     process::{Child, Stdio},
     time::Duration,
@@ -18,11 +17,11 @@ use nix::{
 };
 use tempfile::TempDir;
 
+pub use crate::connection::{ChildConnection, Connection};
 use crate::{
     command::{output, tail, wait_for},
     netns::Netns,
     release::Release,
-    topology::{Family, Side},
 };
 
 /// Plugins by need; the userspace ESP must come before the kernel's interface.
@@ -41,110 +40,51 @@ pub struct StrongSwan {
     child: Child,
 }
 
-/// A connection with one pre-shared key.
-#[derive(Clone, Debug)]
-pub struct Connection {
-    /// Its address; `None` leaves it to the kernel.
-    pub local: Option<IpAddr>,
-    /// The peer's address or name; `None` for any.
-    pub remote: Option<String>,
-    /// Its identity.
-    pub local_id: String,
-    /// The peer's identity.
-    pub remote_id: String,
-    /// The pre-shared key.
-    pub psk: String,
-    /// IKE proposals, comma-separated.
-    pub ike: String,
-    /// Its children.
-    pub children: Vec<ChildConnection>,
-    /// Seconds without traffic after which it asks whether the peer lives; 0 is never.
-    pub dpd: u32,
-    /// It splits messages whose IP datagram would be longer than 576 bytes (RFC 7383).
-    pub fragments: bool,
-    /// Addresses may change while the IKE SA is up (MOBIKE, RFC 4555).
-    pub mobike: bool,
-    /// Further lines of the connection: `unique = never`.
-    pub lines: Vec<String>,
-}
-
-/// A child of a connection.
-#[derive(Clone, Debug)]
-pub struct ChildConnection {
-    /// Its name.
-    pub name: String,
-    /// Its side, comma-separated.
-    pub local: String,
-    /// The peer's side.
-    pub remote: String,
-    /// ESP proposals, comma-separated.
-    pub esp: String,
-    /// Further lines of the child: `rekey_time = 5s`.
-    pub lines: Vec<String>,
-}
-
-impl Connection {
-    /// A connection from one gateway of the topology to the other, with one child between the two sites.
-    pub fn between_sites(side: Side, ike: &str, esp: &str) -> Self {
-        let id = |side: Side| format!("{}.example", side.letter());
-        Self {
-            local: Some(side.outside(Family::V4)),
-            remote: Some(side.other().outside(Family::V4).to_string()),
-            local_id: id(side),
-            remote_id: id(side.other()),
-            psk: "a key for tests only".to_owned(),
-            ike: ike.to_owned(),
-            children: vec![ChildConnection {
-                name: "net".to_owned(),
-                local: side.prefix(Family::V4),
-                remote: side.other().prefix(Family::V4),
-                esp: esp.to_owned(),
-                lines: Vec::new(),
-            }],
-            dpd: 0,
-            fragments: false,
-            mobike: false,
-            lines: Vec::new(),
-        }
-    }
-
-    fn render(&self) -> String {
-        let any = || "%any".to_owned();
-        let children: String = self
-            .children
-            .iter()
-            .map(|child| {
-                format!(
-                    "      {} {{\n        local_ts = {}\n        remote_ts = {}\n        esp_proposals = {}\n        \
-                     mode = tunnel\n        start_action = none\n        dpd_action = clear\n{}      }}\n",
-                    child.name,
-                    child.local,
-                    child.remote,
-                    child.esp,
-                    lines(&child.lines)
-                )
-            })
-            .collect();
-        format!(
-            "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
-             proposals = {}\n    encap = yes\n    mobike = {}\n    fragmentation = {}\n    dpd_delay = {}s\n{}    \
-             local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
-             children {{\n{children}    }}\n  }}\n}}\n\
-             secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
-            self.local.map_or_else(any, |address| address.to_string()),
-            self.remote.clone().unwrap_or_else(any),
-            self.ike,
-            if self.mobike { "yes" } else { "no" },
-            if self.fragments { "yes" } else { "no" },
-            self.dpd,
-            lines(&self.lines),
-            self.local_id,
-            self.remote_id,
-            self.local_id,
-            self.remote_id,
-            self.psk
-        )
-    }
+fn render(connection: &Connection) -> String {
+    // "never" is also what keeps it from saying INITIAL_CONTACT.
+    let unique = if connection.initial_contact {
+        ""
+    } else {
+        "    unique = never\n"
+    };
+    let any = || "%any".to_owned();
+    let children: String = connection
+        .children
+        .iter()
+        .map(|child| {
+            format!(
+                "      {} {{\n        local_ts = {}\n        remote_ts = {}\n        esp_proposals = {}\n        \
+                 mode = tunnel\n        start_action = none\n        dpd_action = clear\n{}      }}\n",
+                child.name,
+                child.local,
+                child.remote,
+                child.esp,
+                lines(&child.lines)
+            )
+        })
+        .collect();
+    format!(
+        "connections {{\n  t {{\n    version = 2\n    local_addrs = {}\n    remote_addrs = {}\n    \
+         proposals = {}\n    encap = yes\n    mobike = {}\n    fragmentation = {}\n    dpd_delay = {}s\n{}{}    \
+         local {{\n      auth = psk\n      id = {}\n    }}\n    remote {{\n      auth = psk\n      id = {}\n    }}\n    \
+         children {{\n{children}    }}\n  }}\n}}\n\
+         secrets {{\n  ike-1 {{\n    id-1 = {}\n    id-2 = {}\n    secret = \"{}\"\n  }}\n}}\n",
+        connection
+            .local
+            .map_or_else(any, |address| address.to_string()),
+        connection.remote.clone().unwrap_or_else(any),
+        connection.ike,
+        if connection.mobike { "yes" } else { "no" },
+        if connection.fragments { "yes" } else { "no" },
+        connection.dpd,
+        unique,
+        lines(&connection.lines),
+        connection.local_id,
+        connection.remote_id,
+        connection.local_id,
+        connection.remote_id,
+        connection.psk
+    )
 }
 
 /// Lines of a section.
@@ -272,7 +212,7 @@ impl StrongSwan {
     ///
     /// swanctl's.
     pub fn load(&self, connection: &Connection) -> anyhow::Result<()> {
-        fs::write(self.file("swanctl/swanctl.conf"), connection.render())?;
+        fs::write(self.file("swanctl/swanctl.conf"), render(connection))?;
         self.swanctl(&["--load-all", "--clear"])?;
         Ok(())
     }

@@ -416,8 +416,7 @@ fn a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not() 
     for says_so in [true, false] {
         let topology = Topology::build(Options::default())?;
         let mut connection = theirs(Side::B, SUITE);
-        let unique = if says_so { "replace" } else { "never" };
-        connection.lines = vec![format!("unique = {unique}")];
+        connection.initial_contact = says_so;
         // We have started, just before: so both sides seem to have done so at once.
         let tunnel = ours(Side::A, SUITE).with("dpd = { mode = \"off\" }");
         let (gateway, swan) = we_start(&topology, tunnel, &connection)?;

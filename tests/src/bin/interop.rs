@@ -7,7 +7,7 @@ use std::{fs, io::Write, path::Path, process::ExitCode, sync::Mutex, thread, tim
 
 use anyhow::{Context, anyhow};
 use ipsec_tests::{
-    interop::{Cell, Column, Table, libreswan},
+    interop::{Cell, Column, Kind, Table},
     netns,
     release::Release,
 };
@@ -69,12 +69,13 @@ fn run_in_guest(rows: &str) -> anyhow::Result<()> {
     };
     for (peer, suite) in IN_GUEST {
         for we_initiate in [true, false] {
-            let column = libreswan::Column {
+            let column = Column {
                 peer: (*peer).to_owned(),
+                kind: Kind::LibreSwan,
                 release: Release::unpacked(suite, LIBRESWAN)?,
                 we_initiate,
             };
-            column.run(rows, show);
+            column.run(rows, show)?;
         }
     }
     Ok(())
@@ -107,6 +108,7 @@ fn run(filter: &str) -> anyhow::Result<usize> {
         match release {
             Ok(release) => columns.push([true, false].map(|we_initiate| Column {
                 peer: (*peer).to_owned(),
+                kind: Kind::StrongSwan,
                 release: release.clone(),
                 we_initiate,
             })),

@@ -1,23 +1,29 @@
 //! The matrix of `cargo xtask interop`: what we and a peer have in common, tried in both roles, and what became of it.
 //!
 //! A row is a suite or a behaviour, a column a release of the peer and our role. Suites share one topology and one
-//! charon a column; behaviours that kill, freeze or hide a peer have their own.
+//! daemon of the peer a column; behaviours that kill, freeze or hide a peer have their own.
 
 mod behaviours;
-pub mod libreswan;
+mod life;
+mod peer;
 mod report;
 mod suites;
 
 use anyhow::Context;
 
-pub use report::{Cell, Table};
+use self::peer::Peer;
+pub use self::{
+    peer::Kind,
+    report::{Cell, Table},
+};
 
 use crate::{
+    connection::Connection,
     gateway::{Gateway, Tunnel},
+    netns::Netns,
     pair::PATIENCE,
     ping::Ping,
     release::Release,
-    strongswan::{Connection, StrongSwan},
     topology::{Family, Options, Side, Topology},
 };
 
@@ -29,6 +35,8 @@ const SUITE: (&str, &str) = ("aes256gcm16-prfsha384-x25519", "aes256gcm16");
 pub struct Column {
     /// Name of the peer, as in the head of the table.
     pub peer: String,
+    /// Which implementation it is.
+    pub kind: Kind,
     /// Its programs.
     pub release: Release,
     /// Who starts: we or the peer.
@@ -36,7 +44,7 @@ pub struct Column {
 }
 
 /// Ends of a tunnel that is up.
-type Ends<'a> = (Gateway<'a>, StrongSwan);
+type Ends<'a> = (Gateway<'a>, Peer<'a>);
 
 impl Column {
     /// Fills the column; rows whose name does not contain `filter` are left out.
@@ -55,28 +63,34 @@ impl Column {
         Cell::of((group, row), (&self.peer, self.we_initiate), result)
     }
 
-    /// The tunnel's ends for the suite that most cells use, strongSwan at site B.
+    /// The tunnel's ends for the suite that most cells use, the peer at site B.
     fn plan(&self) -> (Tunnel, Connection) {
         self.plan_for(Side::A, SUITE)
     }
 
     /// The tunnel's ends for a suite. strongSwan's userspace ESP needs encapsulation.
     fn plan_for(&self, us: Side, (ike, esp): (&str, &str)) -> (Tunnel, Connection) {
-        let tunnel = Tunnel::between_sites(us, Family::V4)
-            .suite(ike, esp)
-            .with("nat = \"force\"");
+        let mut tunnel = Tunnel::between_sites(us, Family::V4).suite(ike, esp);
+        if self.kind == Kind::StrongSwan {
+            tunnel = tunnel.with("nat = \"force\"");
+        }
         (tunnel, Connection::between_sites(us.other(), ike, esp))
     }
 
-    /// Brings a tunnel up in the role of this column, with strongSwan already running.
+    /// Starts the peer, with further lines for its daemon's settings.
+    fn start<'a>(&self, netns: &'a Netns, lines: &[&str]) -> anyhow::Result<Peer<'a>> {
+        Peer::start(self.kind, &self.release, netns, lines)
+    }
+
+    /// Brings a tunnel up in the role of this column, with the peer already running.
     fn connect<'a>(
         &self,
-        gateway: &'a crate::netns::Netns,
-        swan: &StrongSwan,
+        gateway: &'a Netns,
+        peer: &Peer<'_>,
         (tunnel, connection): (Tunnel, &Connection),
         top: &str,
     ) -> anyhow::Result<Gateway<'a>> {
-        swan.load(connection)?;
+        peer.load(connection)?;
         let tunnel = if self.we_initiate {
             tunnel
         } else {
@@ -85,11 +99,13 @@ impl Column {
         let gateway = Gateway::start_with(gateway, top, &[tunnel])?;
         if !self.we_initiate {
             for child in &connection.children {
-                swan.initiate(&child.name)
-                    .with_context(|| format!("our log:\n{}", gateway.log(15)))?;
+                peer.initiate(&child.name)
+                    .with_context(|| format!("our log:\n{}\n{peer}", gateway.log(15)))?;
             }
         }
-        gateway.wait_up("site", PATIENCE)?;
+        gateway
+            .wait_up("site", PATIENCE)
+            .with_context(|| peer.to_string())?;
         Ok(gateway)
     }
 
@@ -99,9 +115,9 @@ impl Column {
         topology: &'a Topology,
         (tunnel, connection): (Tunnel, &Connection),
     ) -> anyhow::Result<Ends<'a>> {
-        let swan = StrongSwan::start_release(&self.release, &topology.gateway_b, &[])?;
-        let gateway = self.connect(&topology.gateway_a, &swan, (tunnel, connection), "")?;
-        Ok((gateway, swan))
+        let peer = self.start(&topology.gateway_b, &[])?;
+        let gateway = self.connect(&topology.gateway_a, &peer, (tunnel, connection), "")?;
+        Ok((gateway, peer))
     }
 }
 

@@ -88,8 +88,11 @@ impl Table {
             "# Interoperation\n\nMade by `cargo xtask interop`; not to be edited. Every row is tried with us as initiator and as \
              responder: the\ntunnel comes up, pings cross it, and the behaviour is seen. Peers older or newer than the \
              distribution's are unpacked\nunder `target/peers`.\n\nstrongSwan runs with its userspace ESP, which always \
-             encapsulates in UDP, knows tunnel mode only, and no ESN. libreswan\nruns in a guest with the kernel's ESP, without encapsulation; an empty field is a row that is not tried with a peer. \
-             Groups\nare used by IKE_SA_INIT and by CREATE_CHILD_SA.\n",
+             encapsulates in UDP, knows tunnel mode only, and no ESN. libreswan\nruns in a guest with the kernel's ESP, \
+             without encapsulation where there is no NAT. Groups are used by IKE_SA_INIT and by\nCREATE_CHILD_SA.\n\n\
+             An empty field is a row that is not tried with a peer. libreswan knows no selectors that are ranges, starts no IKE\n\
+             SA without a child, has no command for reauthentication, and splits only messages longer than those that it sends\n\
+             here; libreswan 4 has one selector a side in a child, and rekeys children in the group of their IKE SA.\n",
         );
         let columns = unique(
             self.cells

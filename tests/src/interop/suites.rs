@@ -1,10 +1,12 @@
-//! Every cipher, PRF and group that both ends know, one suite a row, on one charon.
+//! Every cipher, PRF and group that both ends know, one suite a row, on one daemon of the peer.
 
-use super::{Cell, Column, talk, topology};
+use super::{Cell, Column, peer::Peer, talk, topology};
 use crate::{
+    command::wait_for,
+    connection::ChildConnection,
     gateway::ChildSettings,
     pair::PATIENCE,
-    strongswan::{ChildConnection, StrongSwan},
+    ping::Ping,
     topology::{Family, Side, Topology},
 };
 
@@ -17,7 +19,7 @@ const GROUPS: [&str; 9] = [
 ];
 
 /// IKE and ESP proposals that cover every cipher with every PRF or integrity algorithm, and every group.
-pub(super) fn suites() -> Vec<(String, String)> {
+fn suites() -> Vec<(String, String)> {
     let hashed = |cipher: &'static str| HASHES.map(|hash| (cipher, hash));
     let aead = AEAD
         .into_iter()
@@ -54,11 +56,11 @@ pub(super) fn run(
     // strongSwan installs a child's routes only with an address of its own inside the child's selectors.
     topology.gateway_b.ip("addr add 10.2.0.129/24 dev lan")?;
     topology.host_b.ip("addr add 10.2.0.200/24 dev lan")?;
-    let swan = StrongSwan::start_release(&column.release, &topology.gateway_b, &[])?;
+    let peer = column.start(&topology.gateway_b, &[])?;
     Ok(rows
         .iter()
         .map(|(row, ike, esp)| {
-            let result = one(column, &topology, &swan, (ike, esp));
+            let result = one(column, &topology, &peer, (ike, esp));
             let cell = column.cell("Suites: IKE / ESP", row, result);
             done(&cell);
             cell
@@ -69,7 +71,7 @@ pub(super) fn run(
 fn one(
     column: &Column,
     topology: &Topology,
-    swan: &StrongSwan,
+    peer: &Peer<'_>,
     suite: (&str, &str),
 ) -> anyhow::Result<()> {
     let (mut tunnel, mut connection) = column.plan_for(Side::A, suite);
@@ -91,16 +93,18 @@ fn one(
         mirrored("net", "10.2.0.0/25"),
         mirrored("more", "10.2.0.128/25"),
     ];
-    let gateway = column.connect(&topology.gateway_a, swan, (tunnel, &connection), "")?;
+    let gateway = column.connect(&topology.gateway_a, peer, (tunnel, &connection), "")?;
     let result = talk(topology, Family::V4).and_then(|()| {
-        crate::ping::Ping::to([10, 2, 0, 200].into())
+        Ping::to([10, 2, 0, 200].into())
             .count(5)
             .run(&topology.host_a)?
             .all_answered()
     });
     gateway.down("site")?;
     // The next suite must not meet the IKE SA of this one.
-    swan.wait_sas("our delete", PATIENCE, |sas| !sas.contains("ESTABLISHED"))?;
+    wait_for("the peer's SAs to go", PATIENCE, || {
+        Ok((peer.ike_sas()? == 0).then_some(()))
+    })?;
     result
 }
 
