@@ -402,10 +402,7 @@ impl Endpoint {
             return;
         }
         // What it has lost while nobody wanted it up is wanted now.
-        self.touch(peer);
-        for sa in self.sas.values_mut().filter(|sa| sa.peer == Some(peer)) {
-            sa.ask_for_missing(&mut self.shared, now);
-        }
+        self.with_all(peer, |sa, shared| sa.ask_for_missing(shared, now));
     }
 
     fn acquire(
