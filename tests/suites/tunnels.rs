@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         [] each_of_two_initiators_under_one_tunnel_gets_its_own_traffic,
         [] each_of_two_pairs_of_one_child_carries_what_it_was_narrowed_to,
         [] everything_goes_into_a_tunnel_beside_a_default_route,
+        [] a_peer_from_anywhere_may_be_inside_of_what_its_tunnel_protects,
         [] a_wrong_key_is_named_at_the_verifier,
         [] no_common_proposal_is_told_with_both_policies,
         [] a_tunnel_taken_down_at_either_end_is_down_at_both_and_comes_up_again,
@@ -198,6 +199,27 @@ fn everything_goes_into_a_tunnel_beside_a_default_route() -> anyhow::Result<()> 
         gateways.0.up("site")?;
         gateways.0.wait_up("site", PATIENCE)?;
         hosts_talk(&topology, V4)?;
+        capture.stop().is_clean()?;
+    }
+    Ok(())
+}
+
+/// Neither its IKE nor its ESP may be sent into its own tunnel, and nothing else to its address past it.
+fn a_peer_from_anywhere_may_be_inside_of_what_its_tunnel_protects() -> anyhow::Result<()> {
+    for protected in ["198.51.100.0/24", "0.0.0.0/0"] {
+        let topology = Topology::build(Options::default())?;
+        topology
+            .gateway_b
+            .sysctl("net.ipv4.conf.all.rp_filter", "1")?;
+        let capture = Capture::start(&topology.router)?;
+        let (a, mut b) = ends(V4);
+        b.children[0].remote.push(protected.to_owned());
+        let _gateways = start(&topology, a, b.respond_to_any()).with_context(|| protected)?;
+        hosts_talk(&topology, V4)?;
+        Ping::to(Side::A.outside(V4))
+            .count(3)
+            .run(&topology.host_b)?
+            .none_answered()?;
         capture.stop().is_clean()?;
     }
     Ok(())

@@ -84,14 +84,19 @@ fn routing_spec(tunnel: &Tunnel, places: &[Place], elsewhere: &BTreeSet<IpAddr>)
         remote: cover(&|child| child.remote.clone()),
         local: cover(&|child| child.local.clone()),
         peers: peers(tunnel, places, elsewhere),
+        anywhere: tunnel.peer == Peer::Any || tunnel.peer.has_names(),
         outer_local: tunnel.local,
         addresses: tunnel.address.clone(),
         bypass: tunnel.bypass.clone(),
     }
 }
 
-/// The addresses of the peer: those that are written down, those that its names stand for, and where it has moved to.
+/// The addresses of the peer: those that are written down, those that its names stand for, and where it has moved to. Where
+/// one is that may be anywhere does not count: routes are ready for it wherever it is.
 fn peers(tunnel: &Tunnel, places: &[Place], elsewhere: &BTreeSet<IpAddr>) -> Vec<IpAddr> {
+    if tunnel.peer == Peer::Any {
+        return Vec::new();
+    }
     let mut peers: Vec<IpAddr> = tunnel.peer.addresses().collect();
     let found = all_ways(places).into_iter().map(|way| way.remote);
     for address in found.chain(elsewhere.iter().copied()) {

@@ -5,10 +5,11 @@ use std::net::IpAddr;
 use futures_util::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use netlink_packet_route::{
+    IpProtocol,
     address::AddressAttribute,
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
@@ -104,10 +105,24 @@ pub struct Rule {
     pub to: Option<IpNet>,
     /// Packets with this mark.
     pub mark: Option<u32>,
+    /// Packets that this host sends itself, and the way back of those that arrive for it (`rp_filter`).
+    pub local: bool,
+    /// Packets of a service. The kernel looks for it in packets whose way back it checks only where there is such a rule that
+    /// is not `local`.
+    pub service: Option<Service>,
     /// The table that is asked.
     pub table: u32,
     /// Answers with a prefix of at most this length do not count.
     pub suppress: Option<u32>,
+}
+
+/// What a rule may be about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Service {
+    /// From this UDP port.
+    Udp(u16),
+    /// ESP.
+    Esp,
 }
 
 /// Which way the kernel would send a packet.
@@ -608,6 +623,9 @@ fn way_of(message: &RouteMessage) -> Option<Way> {
     Some(way)
 }
 
+/// Where packets that this host sends itself come in, in the words of rules.
+const LOOPBACK: &str = "lo";
+
 fn rule_message(rule: &Rule) -> RuleMessage {
     use netlink_packet_route::AddressFamily;
     let mut message = RuleMessage::default();
@@ -623,6 +641,22 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     attributes.push(RuleAttribute::Protocol(RouteProtocol::from(ORIGIN)));
     if let Some(mark) = rule.mark {
         attributes.push(RuleAttribute::FwMark(mark));
+    }
+    if rule.local {
+        // A check of the way back asks as if the packet were the answer.
+        attributes.push(RuleAttribute::Iifname(LOOPBACK.to_owned()));
+    }
+    if let Some(service) = rule.service {
+        match service {
+            Service::Udp(port) => attributes.extend([
+                RuleAttribute::IpProtocol(IpProtocol::Udp),
+                RuleAttribute::SourcePortRange(RulePortRange {
+                    start: port,
+                    end: port,
+                }),
+            ]),
+            Service::Esp => attributes.push(RuleAttribute::IpProtocol(IpProtocol::Esp)),
+        }
     }
     if let Some(length) = rule.suppress {
         attributes.push(RuleAttribute::SuppressPrefixLen(length));
@@ -646,6 +680,8 @@ fn rule_of(message: &RuleMessage) -> Option<Rule> {
         from: None,
         to: None,
         mark: None,
+        local: false,
+        service: None,
         table: u32::from(message.header.table),
         suppress: None,
     };
@@ -655,6 +691,9 @@ fn rule_of(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::Priority(number) => rule.priority = *number,
             RuleAttribute::Table(number) => rule.table = *number,
             RuleAttribute::FwMark(mark) => rule.mark = Some(*mark),
+            RuleAttribute::Iifname(name) => rule.local = name == LOOPBACK,
+            RuleAttribute::IpProtocol(IpProtocol::Esp) => rule.service = Some(Service::Esp),
+            RuleAttribute::SourcePortRange(range) => rule.service = Some(Service::Udp(range.start)),
             RuleAttribute::SuppressPrefixLen(length) if *length != u32::MAX => {
                 rule.suppress = Some(*length);
             }

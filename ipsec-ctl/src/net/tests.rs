@@ -5,7 +5,7 @@ use std::{net::IpAddr, thread};
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
-    netlink::{Netlink, Route, Rule, Target},
+    netlink::{Netlink, Route, Rule, Service, Target},
     tun::Tun,
 };
 
@@ -94,19 +94,36 @@ fn routes_and_rules_of_ours_are_added_known_again_and_removed() {
             from: Some("10.2.0.0/24".parse().unwrap()),
             to: None,
             mark: Some(0x4958),
+            local: false,
+            service: None,
             table: 5000,
             suppress: Some(0),
         };
+        let service = |priority, service| Rule {
+            priority,
+            local: priority != 101,
+            service: Some(service),
+            suppress: None,
+            ..rule
+        };
+        let rules = [
+            rule,
+            service(101, Service::Udp(4500)),
+            service(102, Service::Esp),
+        ];
         for route in &routes {
             netlink.add_route(route).await.unwrap();
             netlink.add_route(route).await.unwrap();
         }
-        netlink.add_rule(&rule).await.unwrap();
+        for rule in &rules {
+            netlink.add_rule(rule).await.unwrap();
+            netlink.add_rule(rule).await.unwrap();
+        }
         let mut found = netlink.our_routes().await.unwrap();
         found.sort();
         routes.sort();
         assert_eq!(found, routes);
-        assert_eq!(netlink.our_rules().await.unwrap(), [rule]);
+        assert_eq!(netlink.our_rules().await.unwrap(), rules);
 
         let way = netlink.way(address("10.2.0.7"), None, None).await.unwrap();
         assert_eq!(way.unwrap().device, index);
@@ -116,8 +133,10 @@ fn routes_and_rules_of_ours_are_added_known_again_and_removed() {
             .unwrap();
         assert_eq!(nowhere, None);
 
-        netlink.remove_rule(&rule).await.unwrap();
-        netlink.remove_rule(&rule).await.unwrap();
+        for rule in &rules {
+            netlink.remove_rule(rule).await.unwrap();
+            netlink.remove_rule(rule).await.unwrap();
+        }
         for route in &routes {
             netlink.remove_route(route).await.unwrap();
             netlink.remove_route(route).await.unwrap();

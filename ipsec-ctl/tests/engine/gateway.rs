@@ -179,6 +179,7 @@ pub(crate) fn tunnel(local: u8, remote: u8) -> TunnelSpec {
             remote: prefixes(remote),
             local: prefixes(local),
             peers: vec![outer_address(remote, false)],
+            anywhere: false,
             outer_local: Some(outer_address(local, false)),
             addresses: vec![],
             bypass: vec![],

@@ -174,6 +174,7 @@ pub(super) fn tunnel(number: u16, swapped: bool) -> TunnelSpec {
             remote: vec![],
             local: vec![],
             peers: Vec::new(),
+            anywhere: false,
             outer_local: None,
             addresses: vec![],
             bypass: vec![],

@@ -99,6 +99,7 @@ impl Routing {
                 .collect(),
             routes: self.netlink.other_routes(MAIN).await?,
             mark: self.mark,
+            ports: self.ports,
         })
     }
 

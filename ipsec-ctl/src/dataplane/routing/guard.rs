@@ -198,6 +198,7 @@ mod tests {
             remote: nets(remote),
             local: nets(local),
             peers: Vec::new(),
+            anywhere: false,
             outer_local: None,
             addresses: Vec::new(),
             bypass: nets(bypass),

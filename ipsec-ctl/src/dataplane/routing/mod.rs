@@ -26,6 +26,8 @@ pub struct RoutingSpec {
     pub local: Vec<IpNet>,
     /// The peer's outer addresses, as far as they are configured or known by now.
     pub peers: Vec<IpAddr>,
+    /// The peer may be anywhere, and nobody knows its addresses before it comes.
+    pub anywhere: bool,
     /// Our outer address, if it is configured.
     pub outer_local: Option<IpAddr>,
     /// Addresses put onto the device.

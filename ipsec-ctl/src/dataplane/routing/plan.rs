@@ -5,17 +5,20 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 
 use super::{RoutesMode, RoutingSpec};
-use crate::net::netlink::{Route, Rule, Target};
+use crate::net::netlink::{Route, Rule, Service, Target};
 
 /// The kernel's main table.
 pub const MAIN: u32 = 254;
 /// Our tables for prefixes of length 0 begin here, one for each tunnel.
 const FIRST_TABLE: u32 = 0x4958_0000;
+/// Our table of the ways past all tunnels, for our own packets to peers that may be anywhere.
+const PAST_TUNNELS: u32 = FIRST_TABLE - 1;
 /// Metric of routes into tunnels: better than what routing daemons install, worse than what an operator does by hand.
 const TUNNEL_METRIC: u32 = 50;
 /// Metric of backstops: the last resort.
 const BACKSTOP_METRIC: u32 = 4_000_000_000;
 /// Rules, in the order in which they are asked.
+const TO_ANYWHERE: u32 = 5190;
 const TO_PEER: u32 = 5200;
 const OUR_MARK: u32 = 5210;
 const SPECIFIC: u32 = 5220;
@@ -41,6 +44,8 @@ pub struct Kernel {
     pub routes: Vec<Route>,
     /// Mark of our own packets.
     pub mark: u32,
+    /// UDP ports of IKE and of ESP in UDP.
+    pub ports: [u16; 2],
 }
 
 /// What the kernel should have of ours.
@@ -71,7 +76,47 @@ pub fn plan(tunnels: &[Wants<'_>], kernel: &Kernel) -> Plan {
     for peer in tunnels.iter().flat_map(|tunnel| &tunnel.spec.peers) {
         plan.reach(*peer, kernel);
     }
+    for v6 in [false, true] {
+        plan.pass_tunnels(tunnels, kernel, v6);
+    }
     plan
+}
+
+/// A rule of a family for all packets.
+fn rule(v6: bool, priority: u32, table: u32) -> Rule {
+    Rule {
+        priority,
+        v6,
+        from: None,
+        to: None,
+        mark: None,
+        local: false,
+        service: None,
+        table,
+        suppress: None,
+    }
+}
+
+/// Rules for what a tunnel's peer, which may be anywhere, sends here and is sent from here. A check of the way back
+/// (`rp_filter`, of IPv4 alone) knows no mark, but it knows ports and protocols.
+fn services(spec: &RoutingSpec, ports: [u16; 2], rule: Rule) -> impl Iterator<Item = Rule> {
+    const WHOLE: u32 = 32;
+    let from = spec.outer_local.filter(IpAddr::is_ipv4).map(IpNet::from);
+    let [ike, nat] = ports;
+    let services = [Service::Udp(ike), Service::Udp(nat), Service::Esp];
+    let rules = services.into_iter().map(move |service| Rule {
+        from,
+        local: true,
+        service: Some(service),
+        ..rule
+    });
+    // Decides nothing, and has the kernel look for ports where it checks the way back.
+    let look = Rule {
+        service: Some(Service::Esp),
+        suppress: Some(WHOLE),
+        ..rule
+    };
+    rules.chain([look]).filter(|rule| !rule.v6)
 }
 
 impl Plan {
@@ -106,15 +151,7 @@ impl Plan {
     /// The rules that lead everything but our own packets and more specific routes into the tunnel's own table.
     fn divert(&mut self, tunnel: &Wants<'_>, prefix: IpNet, kernel: &Kernel) {
         let v6 = prefix.addr().is_ipv6();
-        let rule = |priority, table| Rule {
-            priority,
-            v6,
-            from: None,
-            to: None,
-            mark: None,
-            table,
-            suppress: None,
-        };
+        let rule = |priority, table| rule(v6, priority, table);
         // Also asked when the kernel checks the way back to the source of the peer's packets (rp_filter).
         for peer in tunnel.spec.peers.iter().filter(|peer| peer.is_ipv6() == v6) {
             self.rules.insert(Rule {
@@ -122,6 +159,10 @@ impl Plan {
                 to: Some(IpNet::from(*peer)),
                 ..rule(TO_PEER, MAIN)
             });
+        }
+        if tunnel.spec.anywhere {
+            let rules = services(tunnel.spec, kernel.ports, rule(TO_PEER, MAIN));
+            self.rules.extend(rules);
         }
         self.rules.insert(Rule {
             mark: Some(kernel.mark),
@@ -148,7 +189,7 @@ impl Plan {
 
     /// A bypassed prefix goes the way it would go without us.
     fn bypass(&mut self, prefix: IpNet, kernel: &Kernel) {
-        if let Some(other) = best(prefix.network(), &kernel.routes) {
+        if let Some(other) = best(IpNet::from(prefix.network()), &kernel.routes) {
             self.routes.insert(Route {
                 prefix,
                 table: MAIN,
@@ -168,7 +209,7 @@ impl Plan {
         if !swallowed {
             return;
         }
-        match best(peer, &kernel.routes) {
+        match best(IpNet::from(peer), &kernel.routes) {
             Some(other) => {
                 self.routes.insert(Route {
                     prefix: IpNet::from(peer),
@@ -181,10 +222,51 @@ impl Plan {
             None => self.unreachable.push(peer),
         }
     }
+
+    /// Where peers may be anywhere, inside of what tunnels protect too, our own packets go as they would go without us. No
+    /// route to such a peer is added for everybody: where it is only its datagrams tell, which anybody on the way can have
+    /// sent from elsewhere, and plaintext to that address would go in the clear.
+    fn pass_tunnels(&mut self, tunnels: &[Wants<'_>], kernel: &Kernel, v6: bool) {
+        let protected: Vec<IpNet> = self
+            .routes
+            .iter()
+            .filter(|route| route.table == MAIN && route.target == Target::Blackhole)
+            .map(|route| route.prefix)
+            .filter(|prefix| prefix.addr().is_ipv6() == v6)
+            .collect();
+        let mut anywhere = tunnels
+            .iter()
+            .filter(|tunnel| tunnel.spec.anywhere)
+            .peekable();
+        if protected.is_empty() || anywhere.peek().is_none() {
+            return;
+        }
+        let within = kernel.routes.iter().map(|route| route.prefix);
+        let within = within.filter(|prefix| protected.iter().any(|outer| outer.contains(prefix)));
+        for prefix in protected.iter().copied().chain(within) {
+            if let Some(other) = best(prefix, &kernel.routes) {
+                self.routes.insert(Route {
+                    prefix,
+                    table: PAST_TUNNELS,
+                    metric: TUNNEL_METRIC,
+                    target: other.target,
+                    source: other.source,
+                });
+            }
+        }
+        let rule = rule(v6, TO_ANYWHERE, PAST_TUNNELS);
+        self.rules.insert(Rule {
+            mark: Some(kernel.mark),
+            ..rule
+        });
+        for tunnel in anywhere {
+            self.rules.extend(services(tunnel.spec, kernel.ports, rule));
+        }
+    }
 }
 
 /// The route that the kernel would take without us: the longest prefix, then the lowest metric.
-fn best(destination: IpAddr, routes: &[Route]) -> Option<&Route> {
+fn best(destination: IpNet, routes: &[Route]) -> Option<&Route> {
     routes
         .iter()
         .filter(|route| route.prefix.contains(&destination))
@@ -226,6 +308,7 @@ mod tests {
             remote: nets(remote),
             local: nets(local),
             peers: vec![peer.parse().unwrap()],
+            anywhere: false,
             outer_local: Some("192.0.2.1".parse().unwrap()),
             addresses: Vec::new(),
             bypass: Vec::new(),
@@ -251,6 +334,7 @@ mod tests {
                 source: None,
             }],
             mark: 0x4958,
+            ports: [500, 4500],
         }
     }
 
@@ -323,6 +407,66 @@ mod tests {
         };
         let plan = super::plan(&[wants(&spec)], &nowhere);
         assert_eq!(plan.unreachable, ["203.0.113.9".parse::<IpAddr>().unwrap()]);
+    }
+
+    /// The tunnel of peers that may be anywhere.
+    fn anywhere(remote: &[&str]) -> RoutingSpec {
+        RoutingSpec {
+            peers: Vec::new(),
+            anywhere: true,
+            ..spec(remote, &["10.1.0.0/24"], "203.0.113.9")
+        }
+    }
+
+    #[test]
+    fn our_own_packets_alone_pass_the_tunnels_to_peers_that_may_be_anywhere() {
+        let spec = anywhere(&["10.2.0.0/16"]);
+        let mut kernel = kernel();
+        let inside = Route {
+            prefix: "10.2.7.0/24".parse().unwrap(),
+            target: Target::Device(3, None),
+            ..kernel.routes[0]
+        };
+        kernel.routes.push(inside);
+        let plan = plan(&[wants(&spec)], &kernel);
+        let past: Vec<_> = plan
+            .routes
+            .iter()
+            .filter(|route| route.table == PAST_TUNNELS)
+            .map(|route| (route.prefix.to_string(), route.target))
+            .collect();
+        let gateway = Target::Device(2, Some("192.0.2.254".parse().unwrap()));
+        assert_eq!(
+            past,
+            [
+                ("10.2.0.0/16".to_owned(), gateway),
+                ("10.2.7.0/24".to_owned(), inside.target)
+            ]
+        );
+        let main = plan.routes.iter().filter(|route| route.table == MAIN);
+        assert_eq!(main.count(), 2, "the tunnel's route and its backstop");
+        assert_eq!(plan.rules.len(), 5);
+        for rule in &plan.rules {
+            assert_eq!((rule.priority, rule.table), (TO_ANYWHERE, PAST_TUNNELS));
+            assert!(rule.mark.is_some() || rule.local || rule.suppress == Some(32));
+        }
+    }
+
+    #[test]
+    fn the_way_back_to_peers_that_may_be_anywhere_is_not_the_tunnel_for_everything() {
+        let plan = plan(&[wants(&anywhere(&["0.0.0.0/0"]))], &kernel());
+        let services = plan.rules.iter().filter(|rule| rule.service.is_some());
+        assert!(
+            services
+                .clone()
+                .all(|rule| (rule.priority, rule.table) == (TO_PEER, MAIN))
+        );
+        assert_eq!(services.count(), 4);
+        assert!(
+            plan.routes
+                .iter()
+                .all(|route| route.table == FIRST_TABLE + 3)
+        );
     }
 
     #[test]

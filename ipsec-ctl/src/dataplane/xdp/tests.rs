@@ -93,6 +93,7 @@ fn tunnel_spec(local: u8, remote: u8) -> TunnelSpec {
             remote: vec![],
             local: vec![],
             peers: Vec::new(),
+            anywhere: false,
             outer_local: None,
             addresses: vec![],
             bypass: vec![],
