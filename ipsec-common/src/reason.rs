@@ -82,10 +82,12 @@ reasons! {
     IkeSource = 34, "ike-source", Dropped, "IKE of no known SA, more than one source may send in a second";
     IkeFlood = 35, "ike-flood", Dropped, "IKE of no known SA, more than all strangers may send in a second";
     SlowGuard = 36, "slow-guard", Slow, "the way back to its source is a tunnel: the plaintext guard decides";
+    RxRingFull = 37, "rx-ring-full", Dropped, "a worker is too busy: the receive ring of its AF_XDP socket was full";
+    RxNoFrame = 38, "rx-no-frame", Dropped, "a worker is too busy: its AF_XDP socket had no frame for the packet, or none that is long enough";
 }
 
 /// Number of reasons, hence of counters.
-pub const REASONS: u32 = 37;
+pub const REASONS: u32 = 39;
 
 #[cfg(test)]
 mod tests {

@@ -31,6 +31,10 @@ use ipsec_tests::{
     topology::{Family, Options, Side, Topology},
     udp::Flow,
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 fn main() -> ExitCode {
     suite::main(&cases![
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
         [StrongSwan] the_beds_of_the_benchmarks_carry_packets,
         [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
+        [] what_comes_while_a_worker_cannot_keep_up_is_counted,
         [] a_host_that_is_replaced_is_found_again,
         [] an_interface_whose_queue_was_taken_is_tried_again,
         [] where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets,
@@ -169,6 +174,31 @@ fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()
     std::thread::sleep(Duration::from_secs(2));
     hosts_talk(&topology, V4)?;
     capture.stop().is_clean()
+}
+
+fn what_comes_while_a_worker_cannot_keep_up_is_counted() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (a, _b) = start_default(&topology)?;
+    need_offload(&a)?;
+    hosts_talk(&topology, V4)?;
+    let plane = a.data_plane().context("no data plane runs")?;
+    let plane = Pid::from_raw(i32::try_from(plane)?);
+    let flow = Flow {
+        rate: Some(20_000),
+        ..Flow::to(Side::B.host(V4))
+    };
+    let running = flow.start(&topology.host_a, &topology.host_b)?;
+    kill(plane, Signal::SIGSTOP)?;
+    // Several times what rings and frames hold.
+    std::thread::sleep(Duration::from_secs(1));
+    kill(plane, Signal::SIGCONT)?;
+    let report = running.cut()?;
+    let counted = a.counter("rx-ring-full")? + a.counter("rx-no-frame")?;
+    ensure!(
+        counted > 0 && counted <= report.lost(),
+        "{counted} counted, {report}"
+    );
+    hosts_talk(&topology, V4)
 }
 
 fn a_host_that_is_replaced_is_found_again() -> anyhow::Result<()> {

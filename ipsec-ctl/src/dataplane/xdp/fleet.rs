@@ -14,7 +14,7 @@ use ipsec_common::Reason;
 use super::{
     af_xdp::{
         forward::{FRAMES_PER_SOCKET, Forwarder},
-        socket::{CopyMode, OpenError, QueueId, Socket, open_all},
+        socket::{CopyMode, Meter, OpenError, QueueId, Socket, Statistics, open_all},
         umem::Umem,
         worker::{Worker, WorkerConfig},
     },
@@ -48,6 +48,7 @@ pub struct FleetConfig {
 pub struct Fleet {
     workers: Vec<Worker>,
     counters: Vec<Arc<Counters>>,
+    meters: Vec<Meter>,
     mode: CopyMode,
 }
 
@@ -95,6 +96,12 @@ impl Fleet {
         let mut fleet = Self {
             workers: Vec::new(),
             counters: Vec::new(),
+            meters: outfits
+                .iter()
+                .flat_map(|outfit| &outfit.sockets)
+                .map(Socket::meter)
+                .collect::<io::Result<_>>()
+                .map_err(failed("watch a socket"))?,
             // Of all workers the worst, for that is what an operator needs to know.
             mode: if outfits
                 .iter()
@@ -142,12 +149,24 @@ impl Fleet {
         Ok(())
     }
 
-    /// Packets that workers counted for this reason.
+    /// Packets that workers, or the kernel on the way to them, counted for this reason.
     pub fn count(&self, reason: Reason) -> u64 {
-        self.counters
+        if reason == Reason::RxRingFull {
+            return self.lost(|statistics| statistics.rx_ring_full);
+        }
+        if reason == Reason::RxNoFrame {
+            return self.lost(|statistics| statistics.rx_dropped);
+        }
+        let counters = self.counters.iter();
+        counters.map(|counters| counters.get(reason)).sum()
+    }
+
+    fn lost(&self, of: fn(Statistics) -> u64) -> u64 {
+        let statistics = self
+            .meters
             .iter()
-            .map(|counters| counters.get(reason))
-            .sum()
+            .filter_map(|meter| meter.statistics().ok());
+        statistics.map(of).sum()
     }
 
     /// How packets reach the workers.

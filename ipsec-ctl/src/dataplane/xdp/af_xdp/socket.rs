@@ -62,7 +62,7 @@ pub struct OpenError {
 /// What the kernel counted for a socket: `struct xdp_statistics`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
-    /// Received packets dropped for other reasons than a full ring.
+    /// Received packets dropped for other reasons than a full ring: no frame in the fill ring, or one that is too short.
     pub rx_dropped: u64,
     /// Fill ring entries that name no frame.
     pub rx_invalid: u64,
@@ -233,16 +233,44 @@ impl Socket {
     ///
     /// What getsockopt answers.
     pub fn statistics(&self) -> io::Result<Statistics> {
-        let raw: libc::xdp_statistics = get_option(&self.fd, libc::XDP_STATISTICS)?;
-        Ok(Statistics {
-            rx_dropped: raw.rx_dropped,
-            rx_invalid: raw.rx_invalid_descs,
-            tx_invalid: raw.tx_invalid_descs,
-            rx_ring_full: raw.rx_ring_full,
-            fill_ring_empty: raw.rx_fill_ring_empty_descs,
-            tx_ring_empty: raw.tx_ring_empty_descs,
-        })
+        statistics(&self.fd)
     }
+
+    /// A way to what the kernel counts, for others than the owner.
+    ///
+    /// # Errors
+    ///
+    /// No file descriptors are left.
+    pub fn meter(&self) -> io::Result<Meter> {
+        self.fd.try_clone().map(Meter)
+    }
+}
+
+/// Reads what the kernel counts for a socket while a worker has it. Its queue is not free before this is dropped, too.
+#[derive(Debug)]
+pub struct Meter(OwnedFd);
+
+impl Meter {
+    /// What the kernel counted.
+    ///
+    /// # Errors
+    ///
+    /// What getsockopt answers.
+    pub fn statistics(&self) -> io::Result<Statistics> {
+        statistics(&self.0)
+    }
+}
+
+fn statistics(fd: &OwnedFd) -> io::Result<Statistics> {
+    let raw: libc::xdp_statistics = get_option(fd, libc::XDP_STATISTICS)?;
+    Ok(Statistics {
+        rx_dropped: raw.rx_dropped,
+        rx_invalid: raw.rx_invalid_descs,
+        tx_invalid: raw.tx_invalid_descs,
+        rx_ring_full: raw.rx_ring_full,
+        fill_ring_empty: raw.rx_fill_ring_empty_descs,
+        tx_ring_empty: raw.tx_ring_empty_descs,
+    })
 }
 
 impl AsFd for Socket {
