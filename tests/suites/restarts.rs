@@ -29,6 +29,8 @@ fn main() -> ExitCode {
 }
 
 const V4: Family = Family::V4;
+/// What a data plane says that has no daemon any more.
+const GONE: &str = "the daemon has gone; packets go on";
 /// Packets a second of each flow.
 const RATE: u32 = 1000;
 
@@ -222,6 +224,8 @@ fn a_daemon_that_stops_takes_its_data_plane_with_it() -> anyhow::Result<()> {
     ensure!(a.data_plane().is_some(), "no data plane runs");
     a.stop()?;
     ensure!(a.data_plane().is_none(), "the data plane still runs");
+    ensure!(a.has_logged("the data plane ends"), "{}", a.log(20));
+    ensure!(!a.log(usize::MAX).contains(GONE), "{}", a.log(20));
     hosts_are_apart(&topology, V4)?;
     // A daemon that is killed leaves it behind; `release` ends it.
     a.run()?;
@@ -230,6 +234,7 @@ fn a_daemon_that_stops_takes_its_data_plane_with_it() -> anyhow::Result<()> {
         a.data_plane().is_some(),
         "the data plane went with the daemon"
     );
+    ensure!(a.has_logged(GONE), "{}", a.log(20));
     a.release()?;
     ensure!(a.data_plane().is_none(), "release leaves the data plane");
     Ok(())

@@ -354,10 +354,11 @@ impl Gateway {
             self.drain().await;
         }
         self.journal.discard();
-        self.engine.detach().await;
+        // While we are attached: a daemon that only goes away leaves packets to go on.
         if let Err(cause) = self.supervisor.end().await {
             warn!(%cause, "the data plane does not end");
         }
+        self.engine.detach().await;
         let _ = std::fs::remove_file(&self.config.control_socket);
     }
 }

@@ -103,6 +103,7 @@ pub async fn serve(listener: UnixListener) -> Result<(), ServeError> {
     }
     if let Some(running) = running {
         running.engines.stop().await;
+        info!("the data plane ends, and no packet goes through a tunnel any more");
     }
     Ok(())
 }
