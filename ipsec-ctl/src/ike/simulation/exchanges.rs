@@ -328,12 +328,7 @@ fn a_nat_in_front_of_the_initiator_moves_everything_to_port_4500() {
         outside,
         shift: 2000,
     });
-    let sa = pair.a.child(0).unwrap().sa;
-    pair.tell_a(Command::Traffic {
-        sa,
-        inbound: 0,
-        outbound: 1,
-    });
+    pair.a_sends(1);
     pair.run(SOON);
     assert_eq!(
         pair.b.child(0).unwrap().outer.remote.to_string(),
@@ -443,12 +438,7 @@ fn a_dead_peer_is_noticed_only_while_there_is_traffic_to_lose() {
     pair.dead = Some(B);
     pair.run(Duration::from_secs(300));
     assert!(pair.a.downs.is_empty());
-    let sa = pair.a.child(0).unwrap().sa;
-    pair.tell_a(Command::Traffic {
-        sa,
-        inbound: 0,
-        outbound: 5,
-    });
+    pair.a_sends(5);
     pair.run(Duration::from_secs(100));
     assert_eq!(pair.a.downs, [DownReason::Dead]);
     assert!(pair.a.installed.is_empty());

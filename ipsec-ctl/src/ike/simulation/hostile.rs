@@ -87,12 +87,7 @@ fn damaged_datagrams_of_any_kind_neither_panic_nor_disturb_a_tunnel() {
     assert!(pair.a.downs.is_empty() && pair.b.downs.is_empty());
     // The tunnel still answers.
     pair.run(Duration::from_secs(40));
-    let sa = pair.a.child(0).unwrap().sa;
-    pair.tell_a(crate::ike::event::Command::Traffic {
-        sa,
-        inbound: 0,
-        outbound: 1,
-    });
+    pair.a_sends(1);
     pair.run(Duration::from_secs(120));
     pair.assert_agreement(1);
     assert!(pair.a.downs.is_empty());

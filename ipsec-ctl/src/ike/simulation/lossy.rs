@@ -4,7 +4,7 @@ use std::{panic, time::Duration};
 
 use super::{
     network::{Conditions, NatBox, Seeded},
-    pair::{A, B, PEER, Pair, acquire, peer},
+    pair::{A, B, PEER, Pair, acquire, peer, sent},
     upkeep::with_children,
 };
 use crate::ike::{
@@ -126,18 +126,10 @@ fn whatever_the_operators_do_both_sides_agree_in_the_end() {
         for _ in 0..40 {
             let outbound = 1 + random.below(1_000_000);
             for sa in pair.a.installed.keys().copied().collect::<Vec<_>>() {
-                pair.tell_a(Command::Traffic {
-                    sa,
-                    inbound: 0,
-                    outbound,
-                });
+                pair.tell_a(sent(sa, outbound));
             }
             for sa in pair.b.installed.keys().copied().collect::<Vec<_>>() {
-                pair.tell_b(Command::Traffic {
-                    sa,
-                    inbound: 0,
-                    outbound,
-                });
+                pair.tell_b(sent(sa, outbound));
             }
             pair.run(Duration::from_secs(20));
         }
@@ -286,12 +278,7 @@ fn a_nat_that_forgets_is_followed_on_any_network() {
         pair.assert_agreement(1);
         let shift = remap(&mut pair);
         for outbound in 1..10 {
-            let sa = pair.a.child(0).unwrap().sa;
-            pair.tell_a(Command::Traffic {
-                sa,
-                inbound: 0,
-                outbound,
-            });
+            pair.a_sends(outbound);
             pair.run(Duration::from_secs(15));
         }
         pair.assert_agreement(1);

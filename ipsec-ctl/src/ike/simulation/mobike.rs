@@ -5,7 +5,7 @@ use std::{net::IpAddr, time::Duration};
 use super::{
     lossy::{conditions, for_every_seed_of},
     network::{Conditions, NatBox, Seeded},
-    pair::{A, B, PEER, Pair, peer},
+    pair::{A, B, PEER, Pair, peer, sent},
 };
 use crate::ike::{
     config::{PeerConfig, Remote, Role, Way},
@@ -192,12 +192,7 @@ fn encapsulation_comes_and_goes_with_the_nat() {
         shift: 2000,
     });
     pair.run(Duration::from_secs(12));
-    let sa = pair.a.child(0).unwrap().sa;
-    pair.tell_a(Command::Traffic {
-        sa,
-        inbound: 0,
-        outbound: 1,
-    });
+    pair.a_sends(1);
     pair.run(SOON);
     assert_eq!(pair.b.child(0).unwrap().outer.remote, (OTHER, 6500).into());
     pair.network.nat = None;
@@ -282,11 +277,7 @@ fn another_address_of_the_peer_is_tried_where_this_one_is_silent() {
     let sa = pair.a.child(0).unwrap().sa;
     for outbound in 1..20 {
         pair.run(Duration::from_secs(1));
-        pair.tell_a(Command::Traffic {
-            sa,
-            inbound: 0,
-            outbound,
-        });
+        pair.tell_a(sent(sa, outbound));
     }
     assert!(!pair.a.unreachable.is_empty());
     go(&mut pair, A, SECOND);

@@ -299,6 +299,15 @@ impl Side {
     }
 }
 
+/// So many packets were sent by a pair, and none has come back: reason to ask whether the peer lives.
+pub(super) fn sent(sa: ChildSaId, packets: u64) -> Command {
+    Command::Traffic {
+        sa,
+        inbound: 0,
+        outbound: packets,
+    }
+}
+
 impl Pair {
     pub(super) fn new(seed: u64, conditions: Conditions) -> Self {
         Self::with(seed, conditions, limits(), limits())
@@ -326,6 +335,12 @@ impl Pair {
         pair.tell_a(Command::SetPeer(Box::new(peer(B, Role::Initiate))));
         pair.tell_b(Command::SetPeer(Box::new(peer(A, Role::Respond))));
         pair
+    }
+
+    /// A has sent so many packets in all by the pair of its first child, and nothing has come back.
+    pub(super) fn a_sends(&mut self, packets: u64) {
+        let sa = self.a.child(0).unwrap().sa;
+        self.tell_a(sent(sa, packets));
     }
 
     pub(super) fn tell_a(&mut self, command: Command) {

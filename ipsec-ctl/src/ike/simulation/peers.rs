@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::Duration};
 
 use super::{
     network::Conditions,
-    pair::{A, B, PEER, Pair, acquire, child, limits, peer},
+    pair::{A, B, PEER, Pair, acquire, child, limits, peer, sent},
 };
 use crate::ike::{
     config::{ChildName, DpdMode, OnDead, PeerConfig, Remote, Role, Unique, Way},
@@ -161,11 +161,7 @@ fn die(pair: &mut Pair) {
     let sa = pair.a.child(0).unwrap().sa;
     for outbound in 1..100 {
         pair.run(Duration::from_secs(1));
-        pair.tell_a(Command::Traffic {
-            sa,
-            inbound: 0,
-            outbound,
-        });
+        pair.tell_a(sent(sa, outbound));
     }
     pair.dead = None;
     pair.restart_b(9);
