@@ -65,7 +65,8 @@ impl Problem {
             .map(|name| {
                 format!("did you mean `{name}`? docs/configuration.md lists every key and value")
             })
-            .or_else(|| secret_hint(message));
+            .or_else(|| secret_hint(message))
+            .or_else(|| kind_hint(message).map(str::to_owned));
         Self {
             message: message.to_owned(),
             labels: error
@@ -76,6 +77,23 @@ impl Problem {
             help,
         }
     }
+}
+
+/// What the kinds of values look like, where serde's words for another kind do not tell.
+fn kind_hint(message: &str) -> Option<&'static str> {
+    let (_, wanted) = message.split_once(", expected ")?;
+    if wanted.starts_with("a sequence") {
+        return Some("a list is written in brackets, with commas between: [\"one\", \"two\"]");
+    }
+    if wanted.starts_with("a string") {
+        return Some("text is written in quotes: \"10m\", \"10.1.0.0/24\"");
+    }
+    if wanted.starts_with("a boolean") {
+        return Some("true or false, without quotes");
+    }
+    ["u16", "u32", "u64"]
+        .contains(&wanted.trim())
+        .then_some("a whole number, without quotes")
 }
 
 /// A key inside the file is a leak waiting for a backup; the remedy is worth its own words.

@@ -94,6 +94,24 @@ fn a_misspelt_key_is_answered_with_the_right_one() {
 }
 
 #[test]
+fn a_value_of_another_kind_is_answered_with_how_one_is_written() {
+    for (line, help) in [
+        ("ike = \"aes256-sha512-ecp521\"", "in brackets"),
+        ("local_id = 5", "quotes"),
+        ("mobike = \"yes\"", "true or false"),
+        ("replay_window = \"big\"", "whole number"),
+    ] {
+        let file = if line.starts_with("replay") {
+            format!("{OFFICE}\n{line}\n")
+        } else {
+            OFFICE.replace("psk_file", &format!("{line}\npsk_file"))
+        };
+        let page = rendered(read(&file).unwrap_err());
+        assert!(page.contains(help), "{page}");
+    }
+}
+
+#[test]
 fn a_secret_in_the_file_is_refused_with_the_way_out() {
     let page = rendered(read(&OFFICE.replace("psk_file", "psk")).unwrap_err());
     assert!(page.contains("holds no secrets"), "{page}");
