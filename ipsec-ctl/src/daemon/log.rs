@@ -26,6 +26,8 @@ pub(super) struct Log {
 ///
 /// The filter's own words, if it cannot be parsed.
 pub(super) fn start(filter: &str) -> Result<Log, String> {
+    // Its warnings are about messages that nobody asked for, each shown whole. Who names it in the filter has them.
+    let filter = format!("netlink_proto=error,{filter}");
     let filter = EnvFilter::try_new(filter).map_err(|error| error.to_string())?;
     let (writer, log) = writing_to(std::io::stderr());
     // Under systemd the journal has the time already, and a file wants no colours.

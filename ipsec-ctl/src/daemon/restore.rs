@@ -234,11 +234,13 @@ impl Gateway {
                 self.tell(seam::Command::Remove(sa.id)).await;
             }
         }
-        info!(
-            children = kept,
-            lost = lost.len(),
-            "the SAs of the daemon before this one go on"
-        );
+        if kept > 0 || !lost.is_empty() {
+            info!(
+                children = kept,
+                lost = lost.len(),
+                "the SAs of the daemon before this one go on"
+            );
+        }
         lost
     }
 

@@ -172,14 +172,19 @@ fn feature(name: &str, path: &Path, remedy: &str) -> Finding {
     }
 }
 
-/// The fast path asks the FIB without a neighbour, which Linux can since 6.3.
+/// The newest thing that the fast path uses are neighbours that the kernel keeps (NTF_EXT_MANAGED).
+const OLDEST: (u32, u32) = (5, 16);
+
 fn kernel() -> Finding {
     let release = sysctl::get(&["kernel", "osrelease"]).unwrap_or_default();
-    let old = version(&release).is_some_and(|version| version < (6, 3));
+    let old = version(&release).is_some_and(|version| version < OLDEST);
     Finding::new(
         "kernel",
         release,
-        old.then(|| "Linux 6.3 or later has all that the fast path needs".to_owned()),
+        old.then(|| {
+            let (major, minor) = OLDEST;
+            format!("too old for the fast path, which needs Linux {major}.{minor} or later")
+        }),
     )
 }
 
@@ -196,7 +201,8 @@ mod tests {
     fn kernels_are_compared_by_number_and_not_as_text() {
         assert_eq!(version("6.18.44-fc-v669"), Some((6, 18)));
         assert_eq!(version("6.1.0-13-amd64"), Some((6, 1)));
-        assert!(version("6.18.0") > Some((6, 3)));
+        assert!(version("6.18.0") > Some(OLDEST));
+        assert!(version("5.9.0") < Some(OLDEST));
         assert_eq!(version("odd"), None);
     }
 
