@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use anyhow::Context;
 
-use crate::{setup::step, setup::toolchain::tools};
+use crate::setup::{need_root, step, toolchain::tools};
 
 /// All namespaces and instances of tests and demos are named so.
 const PREFIX: &str = "ipx-";
@@ -14,6 +14,12 @@ const MEMORY: &str = "/dev/shm";
 const PINS: &str = "/sys/fs/bpf/ipsec-xdp";
 
 pub(crate) fn run(with_tools: bool) -> anyhow::Result<()> {
+    if [NAMESPACES, PINS]
+        .iter()
+        .any(|folder| !ours(folder).is_empty())
+    {
+        need_root("this removes network namespaces and pins")?;
+    }
     for name in ours(NAMESPACES) {
         end_processes(&name)?;
         step(

@@ -61,7 +61,7 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
 
 /// Measures data plane and IKE, beside strongSwan.
 pub(crate) fn bench(quick: bool, parts: &[String]) -> anyhow::Result<()> {
-    setup::need_root("the benchmark")?;
+    setup::need_root("the benchmark makes network namespaces")?;
     setup::run(Purpose::Test, true)?;
     build_release()?;
     cargo(&[

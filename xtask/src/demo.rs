@@ -10,7 +10,7 @@ use crate::{
 };
 
 pub(crate) fn run(keep: bool, scenario: &str) -> anyhow::Result<()> {
-    setup::need_root("the demo")?;
+    setup::need_root("the demo makes network namespaces")?;
     setup::run(setup::Purpose::Test, true)?;
     build_release()?;
     cargo(&["build", "--package", "ipsec-tests", "--bin", "demo"])?;

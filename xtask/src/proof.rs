@@ -10,7 +10,11 @@ use crate::{
     vm::{Guest, Kernel},
 };
 
+/// What root is needed for.
+const NAMESPACES: &str = "this makes network namespaces";
+
 pub(crate) fn interop(rows: &str) -> anyhow::Result<()> {
+    setup::need_root(NAMESPACES)?;
     let cells = workspace().join("target/interop-guest");
     std::fs::write(&cells, in_guest(rows)?)?;
     let environment = ("INTEROP_GUEST_CELLS", cells.display().to_string());
@@ -61,7 +65,7 @@ pub(crate) fn soak(minutes: u32, seed: Option<u64>) -> anyhow::Result<()> {
 }
 
 fn build(program: &str) -> anyhow::Result<()> {
-    setup::need_root(program)?;
+    setup::need_root(NAMESPACES)?;
     setup::run(setup::Purpose::Test, true)?;
     build_debug()?;
     cargo(&["build", "--package", "ipsec-tests", "--bin", program])

@@ -134,7 +134,7 @@ pub(crate) fn need_root(what: &str) -> anyhow::Result<()> {
     }
     let command: Vec<_> = std::env::args().skip(1).collect();
     bail!(
-        "{what} makes network namespaces and needs root: sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {}",
+        "{what} and needs root: sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {}",
         command.join(" ")
     )
 }
