@@ -125,6 +125,22 @@ impl Report {
         Ok(())
     }
 
+    /// Nothing was in the clear, and at least so many packets were sealed, all of them in UDP or none.
+    ///
+    /// # Errors
+    ///
+    /// What was seen.
+    pub fn is_sealed(&self, packets: u64, in_udp: bool) -> anyhow::Result<()> {
+        self.is_clean()?;
+        let (wanted, unwanted) = if in_udp {
+            (self.esp_in_udp, self.esp)
+        } else {
+            (self.esp, self.esp_in_udp)
+        };
+        ensure!(wanted >= packets && unwanted == 0, "{}", self.summary());
+        Ok(())
+    }
+
     /// One line for people.
     pub fn summary(&self) -> String {
         format!(

@@ -21,7 +21,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::from_str;
-use tempfile::TempDir;
+use tempfile::{TempDir, TempPath};
 
 use crate::{
     command::{checked, tail, wait_for},
@@ -141,6 +141,8 @@ impl Tunnel {
 pub struct Gateway<'a> {
     netns: &'a Netns,
     folder: TempDir,
+    /// The file that runs, if it is not the program under test itself.
+    program: Option<TempPath>,
     child: Option<Child>,
     kept: bool,
 }
@@ -206,6 +208,7 @@ impl<'a> Gateway<'a> {
         let gateway = Self {
             netns,
             folder,
+            program: None,
             child: None,
             kept: false,
         };
@@ -254,9 +257,13 @@ impl<'a> Gateway<'a> {
     /// As for [`Self::start`].
     pub fn run_with_log(&mut self, log: impl Into<OwnedFd>) -> anyhow::Result<()> {
         let log = log.into();
+        let program = match &self.program {
+            Some(path) => path.to_path_buf(),
+            None => program()?,
+        };
         let child = self
             .netns
-            .command(&program()?.display().to_string())?
+            .command(&program.display().to_string())?
             .arg("run")
             .arg("-c")
             .arg(self.config())
@@ -501,6 +508,19 @@ impl<'a> Gateway<'a> {
             child.wait()?;
         }
         ended
+    }
+
+    /// Puts another file in the place of the one that runs, as an upgrade does; the next start runs it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be copied.
+    pub fn upgrade(&mut self) -> anyhow::Result<()> {
+        let path = tempfile::NamedTempFile::new()?.into_temp_path();
+        fs::copy(program()?, &path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        self.program = Some(path);
+        Ok(())
     }
 
     /// Runs `ipsec-ctl guard`: protection without a daemon.

@@ -29,6 +29,7 @@ fn tell(lost: [u64; 2]) {
 fn main() -> ExitCode {
     suite::main(&cases![
         [] either_side_moves_under_traffic_and_keeps_its_sas,
+        [] addresses_that_move_while_a_daemon_is_dead_are_followed_by_the_next_one,
         [Nftables] a_gateway_moves_behind_a_nat_and_out_again,
         [StrongSwan] we_move_and_strongswan_follows,
         [StrongSwan] strongswan_moves_and_we_follow,
@@ -112,6 +113,47 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
     wait_at(&a, at_a, at_b)?;
     wait_traffic(&topology)?;
     cut(flows, 2).with_context(|| format!("{}\n{}", a.log(20), b.log(20)))?;
+    ensure!(
+        (a.spis("site")?, b.spis("site")?) == before,
+        "the SAs are others"
+    );
+    capture.stop().is_clean()
+}
+
+fn addresses_that_move_while_a_daemon_is_dead_are_followed_by_the_next_one() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (mut a, mut b) = pair::start_default(&topology)?;
+    let before = (a.spis("site")?, b.spis("site")?);
+    let [at_a, at_b] = [Side::A, Side::B].map(|side| side.outside(V4));
+    // The one that moves is dead, and finds its address gone.
+    a.kill()?;
+    let moved = renumber(&topology, Side::A)?;
+    a.run()?;
+    wait_at(&a, moved, at_b)?;
+    wait_at(&b, at_b, moved)?;
+    wait_traffic(&topology).context("A moved while its daemon was dead")?;
+    // It is just back, and may not have looked around yet.
+    a.kill()?;
+    a.run()?;
+    topology.renumber(Side::A, moved, at_a)?;
+    wait_at(&a, at_a, at_b)?;
+    wait_at(&b, at_b, at_a)?;
+    wait_traffic(&topology).context("A moved just after its daemon was back")?;
+    // The other one is dead, and hears of it from the repeated request.
+    b.kill()?;
+    let moved = renumber(&topology, Side::A)?;
+    wait_at(&a, moved, at_b)?;
+    b.run()?;
+    wait_at(&b, at_b, moved)?;
+    wait_traffic(&topology).context("A moved while the daemon of B was dead")?;
+    // So it is with the side that was called.
+    b.kill()?;
+    let other = renumber(&topology, Side::B)?;
+    b.run()?;
+    wait_at(&b, other, moved)?;
+    wait_at(&a, moved, other)?;
+    wait_traffic(&topology).context("B moved while its daemon was dead")?;
     ensure!(
         (a.spis("site")?, b.spis("site")?) == before,
         "the SAs are others"

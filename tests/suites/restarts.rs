@@ -1,6 +1,6 @@
 //! What becomes of traffic when the daemon or the data plane dies or is restarted: SAs stay, and packets with them.
 
-use std::{collections::BTreeSet, process::ExitCode, time::Duration};
+use std::{collections::BTreeSet, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 use ipsec_ctl::api::model::State;
@@ -9,8 +9,10 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    pair::{PATIENCE, hosts_are_apart, hosts_talk, start_default},
-    suite,
+    hops::Hops,
+    pair::{PATIENCE, hosts_are_apart, hosts_talk, start, start_default},
+    strongswan::{Connection, StrongSwan},
+    suite::{self, Need::*},
     topology::{Family, Options, Side, Topology},
     udp::{Flow, Running},
 };
@@ -23,6 +25,9 @@ fn main() -> ExitCode {
         [] a_rekeying_after_a_restart_goes_on_from_where_it_was,
         [] what_the_configuration_does_not_want_any_more_is_ended_by_the_next_daemon,
         [] a_journal_that_cannot_be_trusted_is_not_used,
+        [] an_upgrade_replaces_the_data_plane_and_keeps_the_sas,
+        [] an_upgrade_that_cannot_read_the_journal_negotiates_anew_and_leaks_nothing,
+        [StrongSwan, Nftables] strongswan_notices_no_restart_of_our_daemon_in_either_role,
         [] a_data_plane_that_is_killed_is_back_within_a_second_with_the_same_sas,
         [] a_daemon_that_stops_takes_its_data_plane_with_it,
     ])
@@ -187,6 +192,172 @@ fn a_journal_that_cannot_be_trusted_is_not_used() -> anyhow::Result<()> {
     ensure!(a.has_logged("is not used"), "{}", a.log(40));
     a.stop()?;
     ensure!(!a.journal().exists(), "it outlives the daemon that stopped");
+    Ok(())
+}
+
+/// What an upgrade does to a gateway: its daemon leaves the tunnels, another file takes its place and starts.
+fn upgrade(
+    gateway: &mut Gateway<'_>,
+    meanwhile: impl FnOnce(&Gateway<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    gateway.leave()?;
+    meanwhile(gateway)?;
+    gateway.upgrade()?;
+    gateway.run()
+}
+
+fn an_upgrade_replaces_the_data_plane_and_keeps_the_sas() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (mut a, b) = start_default(&topology)?;
+    hosts_talk(&topology, V4)?;
+    let before = sas(&a)?;
+    let capture = Capture::start(&topology.router)?;
+    let flows = flows(&topology, RATE)?;
+    let plane = a.data_plane().context("no data plane runs")?;
+    upgrade(&mut a, |_| Ok(()))?;
+    a.wait_up("site", PATIENCE)?;
+    wait_for("the tunnel to carry again", PATIENCE, || {
+        hosts_talk(&topology, V4).map(Some)
+    })?;
+    for flow in flows {
+        let report = flow.cut()?;
+        ensure!(
+            report.lost() < RATE.into() && report.duplicated == 0,
+            "{report}"
+        );
+    }
+    ensure!(sas(&a)? == before && sas(&b)? == before, "{}", a.log(40));
+    ensure!(
+        a.data_plane().is_some_and(|now| now != plane),
+        "the data plane is of the old file"
+    );
+    capture.stop().is_clean()
+}
+
+/// Makes a journal look as if a version with another format had written it: its first record tells whose it is.
+fn of_another_format(journal: &Path) -> anyhow::Result<()> {
+    /// Where the first record begins, behind what tells a journal from other files, and the length of its head: the
+    /// content's length, the same inverted, and half of a SHA-256.
+    const RECORD: usize = 8;
+    const HEAD: usize = 16;
+    let mut bytes = std::fs::read(journal)?;
+    let record = bytes.get_mut(RECORD..).context("a short journal")?;
+    let (head, content) = record
+        .split_at_mut_checked(HEAD)
+        .context("a short journal")?;
+    let length = u32::from_be_bytes(*head.first_chunk().context("no length")?);
+    let content = &mut content[..usize::try_from(length)?];
+    // MessagePack: the name of a field, and then its value, a small number.
+    let name = memchr::memmem::find(content, b"format").context("no format")?;
+    let format = &mut content[name + b"format".len()];
+    ensure!(*format < 0x7f, "{format:02x}");
+    *format += 1;
+    let sum = ring::digest::digest(
+        &ring::digest::SHA256,
+        &[&0_u64.to_be_bytes(), &content[..]].concat(),
+    );
+    head[8..].copy_from_slice(&sum.as_ref()[..8]);
+    Ok(std::fs::write(journal, bytes)?)
+}
+
+fn an_upgrade_that_cannot_read_the_journal_negotiates_anew_and_leaks_nothing() -> anyhow::Result<()>
+{
+    // The initiator calls at once; the responder is called when its peer has found out.
+    for upgraded in [Side::A, Side::B] {
+        let topology = Topology::build(Options::default())?;
+        // With MOBIKE a silent peer is looked for at its LAN's IPv6 address, too, which a capture takes for a leak.
+        let end = |side| {
+            Tunnel::between_sites(side, V4)
+                .with("mobike = false")
+                .with("dpd = { interval = \"2s\", timeout = \"5s\" }")
+        };
+        let (mut a, mut b) = start(&topology, end(Side::A), end(Side::B).respond())?;
+        let before = sas(&a)?;
+        let capture = Capture::start(&topology.router)?;
+        let flows = flows(&topology, RATE)?;
+        let gateway = match upgraded {
+            Side::A => &mut a,
+            Side::B => &mut b,
+        };
+        upgrade(gateway, |gateway| of_another_format(&gateway.journal()))?;
+        ensure!(
+            gateway.has_logged("tunnels are negotiated anew")
+                && gateway.has_logged("it is of another version"),
+            "{}",
+            gateway.log(40)
+        );
+        wait_for("new SAs at both ends", PATIENCE, || {
+            let (ours, theirs) = (sas(&a)?, sas(&b)?);
+            Ok((ours == theirs && ours.is_disjoint(&before)).then_some(()))
+        })
+        .with_context(|| format!("A:\n{}\nB:\n{}", a.log(40), b.log(40)))?;
+        wait_for("the tunnel to carry again", PATIENCE, || {
+            hosts_talk(&topology, V4).map(Some)
+        })?;
+        for flow in flows {
+            let report = flow.cut()?;
+            ensure!(report.duplicated + report.damaged == 0, "{report}");
+        }
+        capture.stop().is_clean()?;
+    }
+    Ok(())
+}
+
+fn strongswan_notices_no_restart_of_our_daemon_in_either_role() -> anyhow::Result<()> {
+    const SUITE: (&str, &str) = ("aes256gcm16-prfsha384-x25519", "aes256gcm16");
+    for we_initiate in [true, false] {
+        let topology = Topology::build(Options::default())?;
+        let swan = StrongSwan::start(&topology.gateway_b)?;
+        // It asks whether we live whenever it has not heard of us for a second.
+        swan.load(&Connection {
+            dpd: 1,
+            ..Connection::between_sites(Side::B, SUITE.0, SUITE.1)
+        })?;
+        let tunnel = Tunnel::between_sites(Side::A, V4)
+            .suite(SUITE.0, SUITE.1)
+            .with("nat = \"force\"");
+        let tunnel = if we_initiate {
+            tunnel
+        } else {
+            tunnel.respond()
+        };
+        let mut gateway = Gateway::start(&topology.gateway_a, &[tunnel])?;
+        if !we_initiate {
+            swan.initiate("net")?;
+        }
+        gateway.wait_up("site", PATIENCE)?;
+        hosts_talk(&topology, V4)?;
+        let before = sas(&gateway)?;
+        let hops = Hops::count(&topology)?;
+        let [out, back] = flows(&topology, RATE)?;
+        for _ in 0..3 {
+            gateway.kill()?;
+            gateway.run()?;
+            gateway.wait_up("site", PATIENCE)?;
+        }
+        let (out, back) = (out.cut()?, back.cut()?);
+        let (sealed, offered) = (hops.towards(Side::B)?, hops.towards(Side::A)?);
+        ensure!(
+            sealed == out.sent && offered == back.received && back.duplicated == 0,
+            "to strongSwan: {out}, {sealed} sealed on the way; from strongSwan: {back}, {offered} sealed on the way"
+        );
+        ensure!(sas(&gateway)? == before, "{}", gateway.log(40));
+        // What comes next in the IKE SA is asked and answered under the message IDs that come next.
+        swan.rekey_child("net")?;
+        swan.rekey_ike()?;
+        gateway.rekey("site")?;
+        wait_for("other SAs", PATIENCE, || {
+            Ok(sas(&gateway)?.is_disjoint(&before).then_some(()))
+        })
+        .with_context(|| format!("{}\n{}", gateway.log(40), swan.log(40)))?;
+        ensure!(
+            swan.sas()?.matches("ESTABLISHED").count() == 1 && !swan.has_logged("retransmit 2"),
+            "{}\n{}",
+            swan.sas()?,
+            swan.log(60)
+        );
+        hosts_talk(&topology, V4)?;
+    }
     Ok(())
 }
 

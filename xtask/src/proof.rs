@@ -24,15 +24,19 @@ pub(crate) fn interop(rows: &str) -> anyhow::Result<()> {
 /// Seconds that the peers which need a guest may take.
 const GUEST_SECONDS: u64 = 1500;
 
-/// What a guest finds out about the peers that need ESP in the kernel; nothing where there is no kernel for it.
+/// What guests find out about the peers that need ESP in the kernel; nothing where there is no kernel for it.
 fn in_guest(rows: &str) -> anyhow::Result<String> {
     let Some(kernel) = Kernel::built() else {
         return Ok(String::new());
     };
     build("interop")?;
     let program = workspace().join("target/debug/interop");
-    let unpacked = Command::new(&program).arg("unpack").status()?;
-    ensure!(unpacked.success(), "the peers for the guest are not there");
+    let unpacked = Command::new(&program).arg("unpack").output()?;
+    ensure!(
+        unpacked.status.success(),
+        "the peers for the guest are not there: {}",
+        String::from_utf8_lossy(&unpacked.stderr)
+    );
     let ours = workspace().join("target/debug/ipsec-ctl");
     let guest = Guest {
         kernel,
@@ -40,22 +44,45 @@ fn in_guest(rows: &str) -> anyhow::Result<String> {
         limit: Duration::from_secs(GUEST_SECONDS),
         environment: vec![("IPSEC_CTL".to_owned(), ours.display().to_string())],
     };
-    let command = [
-        program.display().to_string(),
-        "guest".to_owned(),
-        rows.to_owned(),
-    ];
-    let (mut output, writer) = std::io::pipe().context("a pipe")?;
-    let mut cells = String::new();
+    let peers = String::from_utf8_lossy(&unpacked.stdout);
+    let cells = |peer: &str| {
+        let program = program.display().to_string();
+        output_of(
+            &guest,
+            &[
+                program,
+                "guest".to_owned(),
+                peer.to_owned(),
+                rows.to_owned(),
+            ],
+        )
+    };
+    // A guest has one processor, and its cells wait for most of their time.
     thread::scope(|scope| {
-        let reader = scope.spawn(|| output.read_to_string(&mut cells));
-        let status = guest.run_to(&command, writer.into());
-        match reader.join() {
-            Ok(read) => read.map_err(Into::into).and(status),
-            Err(cause) => std::panic::resume_unwind(cause),
-        }
+        let guests: Vec<_> = peers
+            .lines()
+            .map(|peer| scope.spawn(|| cells(peer)))
+            .collect();
+        guests.into_iter().map(joined).collect()
+    })
+}
+
+/// What a command writes in a guest.
+fn output_of(guest: &Guest, command: &[String]) -> anyhow::Result<String> {
+    let (mut output, writer) = std::io::pipe().context("a pipe")?;
+    let mut text = String::new();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| output.read_to_string(&mut text));
+        let status = guest.run_to(command, writer.into());
+        joined(reader).map_err(Into::into).and(status)
     })?;
-    Ok(cells)
+    Ok(text)
+}
+
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|cause| std::panic::resume_unwind(cause))
 }
 
 pub(crate) fn soak(minutes: u32, seed: Option<u64>) -> anyhow::Result<()> {

@@ -61,6 +61,8 @@ const GROUPS: &[Group] = &[
             "--test",
             "rekey",
             "--test",
+            "mobike",
+            "--test",
             "stalls",
         ],
     },

@@ -1,7 +1,7 @@
 //! `cargo xtask interop`: tries everything that we and other implementations have in common, and writes down what works.
 //!
-//! Peers that need ESP in the kernel are tried by this program in a guest (`interop guest ROWS`), whose cells come out as
-//! lines; they are unpacked before (`interop unpack`), for the guest writes nothing.
+//! Peers that need ESP in the kernel are tried by this program in a guest each (`interop guest PEER ROWS`), whose cells come
+//! out as lines; they are unpacked before (`interop unpack`, which tells their names), for the guest writes nothing.
 
 use std::{fs, io::Write, path::Path, process::ExitCode, sync::Mutex, thread, time::Instant};
 
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {
         ["unpack"] => unpack().map(|()| 0),
-        ["guest", rows] => run_in_guest(rows).map(|()| 0),
+        ["guest", peer, rows] => run_in_guest(peer, rows).map(|()| 0),
         [] => run(""),
         [rows, ..] => run(rows),
     };
@@ -59,15 +59,16 @@ fn main() -> ExitCode {
 fn unpack() -> anyhow::Result<()> {
     for (peer, suite) in IN_GUEST {
         Release::unpacked(suite, LIBRESWAN).with_context(|| (*peer).to_owned())?;
+        writeln!(std::io::stdout(), "{peer}")?;
     }
     Ok(())
 }
 
-fn run_in_guest(rows: &str) -> anyhow::Result<()> {
+fn run_in_guest(only: &str, rows: &str) -> anyhow::Result<()> {
     let show = &|cell: &Cell| {
         let _ = writeln!(std::io::stdout(), "{}", cell.line());
     };
-    for (peer, suite) in IN_GUEST {
+    for (peer, suite) in IN_GUEST.iter().filter(|(peer, _)| *peer == only) {
         for we_initiate in [true, false] {
             let column = Column {
                 peer: (*peer).to_owned(),

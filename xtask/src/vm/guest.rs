@@ -5,6 +5,7 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -150,7 +151,9 @@ struct Control(PathBuf);
 
 impl Control {
     fn create() -> anyhow::Result<Self> {
-        let name = format!("ipsec-xdp-guest-{}", std::process::id());
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("ipsec-xdp-guest-{}-{number}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
