@@ -116,7 +116,7 @@ impl Engine {
         let at = |step| move |source| StartError { step, source };
         let (events, receiver) = Events::channel(EVENT_QUEUE);
         let program = Program::load(&config.instance)
-            .inspect_err(|error| tracing::warn!(%error, "there will be no fast path"))
+            .inspect_err(|error| tracing::warn!(%error, "there will be no fast path; `ipsec-ctl probe` tells what is missing"))
             .ok();
         let words = match &program {
             Some(program) => program
@@ -147,7 +147,7 @@ impl Engine {
             .map_err(at("open a netlink socket"))?;
         let carrier = program.and_then(|program| {
             Carrier::new(program, &config, shared, resolver, Arc::clone(&slow))
-                .inspect_err(|error| tracing::warn!(%error, "there will be no fast path"))
+                .inspect_err(|error| tracing::warn!(%error, "there will be no fast path; `ipsec-ctl probe` tells what is missing"))
                 .ok()
         });
         let netlink = Netlink::open().map_err(at("open a netlink socket"))?;
