@@ -43,7 +43,11 @@ const ROWS: &[Row] = &[
         identities(column, ("keyid:left", "keyid:right"))
     }),
     ("the responder narrows the selectors", ALL, narrowing),
-    ("two selectors a side in one child", ALL, several_selectors),
+    (
+        "two selectors a side in one child",
+        NOT_OF_LIBRESWAN_4,
+        several_selectors,
+    ),
     ("selectors with protocol and port", ALL, protocol_and_port),
     ("a selector that is a range", STRONGSWAN, range),
     ("selectors 0.0.0.0/0", ALL, everything),
@@ -74,9 +78,11 @@ const ROWS: &[Row] = &[
     ("the peer rekeys the IKE SA under traffic", ALL, |column| {
         life::replaced(column, |_, peer| peer.rekey_ike())
     }),
-    ("the peer reauthenticates under traffic", ALL, |column| {
-        life::replaced(column, |_, peer| peer.reauthenticate())
-    }),
+    (
+        "the peer reauthenticates under traffic",
+        STRONGSWAN,
+        |column| life::replaced(column, |_, peer| peer.reauthenticate()),
+    ),
     ("we rekey the child under traffic", ALL, |column| {
         life::replaced(column, |gateway, _| gateway.rekey("site").map(drop))
     }),
