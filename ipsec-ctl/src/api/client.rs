@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::model::{Counter, Done, Refused, Rekey, Status};
+use crate::dataplane::seam::EngineChoice;
 
 /// Time after which a daemon that does not answer is reported.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -107,6 +108,21 @@ impl Client {
             Rekey::Ike => "ike",
         };
         let target = format!("/tunnels/{}/rekey/{what}", escaped(tunnel));
+        self.ask(Method::POST, &target).await
+    }
+
+    /// Has another engine carry a tunnel.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn move_to(&self, tunnel: &str, engine: EngineChoice) -> Result<Done, ClientError> {
+        let engine = match engine {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Xdp => "xdp",
+            EngineChoice::Kernel => "kernel",
+        };
+        let target = format!("/tunnels/{}/move/{engine}", escaped(tunnel));
         self.ask(Method::POST, &target).await
     }
 
@@ -225,6 +241,11 @@ mod tests {
                         lines: vec![format!("{name}: {what:?}")],
                     }))
                     .unwrap(),
+                Request::Move(name, engine, answer) => answer
+                    .send(Ok(Done {
+                        lines: vec![format!("{name}: {engine:?}")],
+                    }))
+                    .unwrap(),
                 Request::Counters(answer) => answer.send(Vec::new()).unwrap(),
                 // Dropping the answer is what a daemon that is stopping does.
                 Request::Status(_) | Request::Down(..) | Request::Reload(_) => {}
@@ -251,6 +272,8 @@ mod tests {
         assert_eq!(error.to_string(), "no tunnel `branch`");
         let rekeyed = client.rekey("head office/1", Rekey::Ike).await.unwrap();
         assert_eq!(rekeyed.lines, ["head office/1: Ike"]);
+        let moved = client.move_to("head office/1", EngineChoice::Kernel).await;
+        assert_eq!(moved.unwrap().lines, ["head office/1: Kernel"]);
         assert_eq!(client.counters().await.unwrap(), []);
         let error = client.reload().await.unwrap_err();
         assert!(

@@ -10,6 +10,8 @@ pub mod server;
 
 use tokio::sync::oneshot;
 
+use crate::dataplane::seam::EngineChoice;
+
 /// What a command asks of the daemon, each with the place for its answer.
 #[derive(Debug)]
 pub enum Request {
@@ -25,6 +27,12 @@ pub enum Request {
     Rekey(
         String,
         model::Rekey,
+        oneshot::Sender<Result<model::Done, model::Refused>>,
+    ),
+    /// Has another engine carry a tunnel.
+    Move(
+        String,
+        EngineChoice,
         oneshot::Sender<Result<model::Done, model::Refused>>,
     ),
     /// Reads the configuration again and changes what differs.

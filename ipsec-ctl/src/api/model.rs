@@ -57,6 +57,9 @@ pub struct Tunnel {
     pub device: String,
     /// MTU of its device, once known.
     pub mtu: Option<u16>,
+    /// What happened to its device when it went to another engine last.
+    #[serde(default)]
+    pub device_changed: Option<DeviceChanged>,
     /// The peer as configured.
     pub peer: String,
     /// Its addresses as far as they are known, in the order in which they are tried.
@@ -71,6 +74,15 @@ pub struct Tunnel {
     pub ike: Option<IkeSa>,
     /// Its children in the order of the configuration.
     pub children: Vec<Child>,
+}
+
+/// A device that has another index than before: programs that know it by that have to look it up again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceChanged {
+    /// The index before.
+    pub from: u32,
+    /// The index since.
+    pub to: u32,
 }
 
 /// One address of a peer, or a name that is not resolved.

@@ -31,6 +31,7 @@ use super::{
     Request,
     model::{Done, Refused, Rekey},
 };
+use crate::dataplane::seam::EngineChoice;
 
 /// Clients that are served at the same time; further ones wait to be let in.
 const CLIENTS: usize = 128;
@@ -92,6 +93,7 @@ pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
         .route("/tunnels/{name}/up", post(up))
         .route("/tunnels/{name}/down", post(down))
         .route("/tunnels/{name}/rekey/{what}", post(rekey))
+        .route("/tunnels/{name}/move/{engine}", post(move_to))
         .route("/reload", post(reload))
         .with_state(requests);
     let clients = Arc::new(Semaphore::new(CLIENTS));
@@ -176,6 +178,15 @@ async fn rekey(
     Segment((name, what)): Segment<(String, Rekey)>,
 ) -> Result<Response, Response> {
     ask(&requests, |answer| Request::Rekey(name, what, answer))
+        .await
+        .map(rendered)
+}
+
+async fn move_to(
+    State(requests): Requests,
+    Segment((name, engine)): Segment<(String, EngineChoice)>,
+) -> Result<Response, Response> {
+    ask(&requests, |answer| Request::Move(name, engine, answer))
         .await
         .map(rendered)
 }

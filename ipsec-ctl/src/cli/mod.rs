@@ -50,6 +50,8 @@ enum Command {
     Down(tunnel::Options),
     /// Rekey a tunnel's children, or its IKE SA, before their time; no packet is lost.
     Rekey(tunnel::RekeyOptions),
+    /// Move a tunnel to another engine while it is up; no packet is lost.
+    Move(tunnel::MoveOptions),
     /// Have the daemon read its configuration again; only what changed is touched.
     Reload(tunnel::ReloadOptions),
 }
@@ -72,6 +74,7 @@ pub fn run(cli: Cli) -> miette::Result<()> {
         Command::Up(options) => tunnel::up(&options),
         Command::Down(options) => tunnel::down(&options),
         Command::Rekey(options) => tunnel::rekey(&options),
+        Command::Move(options) => tunnel::move_to(&options),
         Command::Reload(options) => tunnel::reload(&options),
     }
 }

@@ -107,6 +107,15 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
             None => tunnel.device.clone(),
         },
     );
+    if let Some(changed) = &tunnel.device_changed {
+        row(
+            "",
+            format!(
+                "ifindex {}, was {} with the other engine",
+                changed.to, changed.from
+            ),
+        );
+    }
     if let Some(failure) = &tunnel.last_failure {
         row("failed", failure.clone());
     }
@@ -295,6 +304,7 @@ mod tests {
             name: "office".to_owned(),
             state: State::Up,
             device: "ipx0".to_owned(),
+            device_changed: None,
             mtu: Some(1422),
             peer: "203.0.113.9".to_owned(),
             addresses: Vec::new(),

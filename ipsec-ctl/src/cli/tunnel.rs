@@ -1,7 +1,10 @@
-//! `ipsec-ctl up`, `down`, `rekey` and `reload`: the daemon is told, and says what it did.
+//! `ipsec-ctl up`, `down`, `rekey`, `move` and `reload`: the daemon is told, and says what it did.
 
 use super::{print, remote::Remote};
-use crate::api::model::{Done, Rekey};
+use crate::{
+    api::model::{Done, Rekey},
+    dataplane::seam::EngineChoice,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -20,6 +23,25 @@ pub(super) struct RekeyOptions {
     ike: bool,
     #[command(flatten)]
     remote: Remote,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct MoveOptions {
+    /// The tunnel's name in the configuration.
+    name: String,
+    /// What is to carry it.
+    #[arg(value_enum)]
+    engine: Engine,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+/// An engine as the configuration names it.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Engine {
+    Xdp,
+    Kernel,
+    Auto,
 }
 
 #[derive(Debug, clap::Args)]
@@ -54,6 +76,19 @@ pub(super) fn rekey(options: &RekeyOptions) -> miette::Result<()> {
         &options
             .remote
             .ask(async |client| client.rekey(&options.name, what).await)?,
+    )
+}
+
+pub(super) fn move_to(options: &MoveOptions) -> miette::Result<()> {
+    let engine = match options.engine {
+        Engine::Xdp => EngineChoice::Xdp,
+        Engine::Kernel => EngineChoice::Kernel,
+        Engine::Auto => EngineChoice::Auto,
+    };
+    told(
+        &options
+            .remote
+            .ask(async |client| client.move_to(&options.name, engine).await)?,
     )
 }
 

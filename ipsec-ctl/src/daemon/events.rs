@@ -392,6 +392,15 @@ impl Gateway {
                     state.mtu = Some(mtu);
                 }
             }
+            seam::Event::DeviceChanged { tunnel, from, to } => {
+                info!(
+                    tunnel = self.name_of(PeerId(tunnel.0)),
+                    from, to, "the tunnel is with the other engine: its device has another index"
+                );
+                if let Some(state) = self.tunnels.get_mut(tunnel) {
+                    state.device_changed = Some((from, to));
+                }
+            }
             seam::Event::RecursiveRoute { tunnel, remote } => {
                 let name = self.name_of(PeerId(tunnel.0));
                 if let Some(state) = self.tunnels.get_mut(tunnel) {

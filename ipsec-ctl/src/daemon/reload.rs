@@ -180,6 +180,35 @@ impl Gateway {
         Done { lines }
     }
 
+    /// Has another engine carry a tunnel, until a reload wants it otherwise.
+    pub(super) async fn move_tunnel(
+        &mut self,
+        name: &str,
+        engine: seam::EngineChoice,
+    ) -> Result<Done, Refused> {
+        let id = self.named(name)?;
+        let Some(old) = self.tunnels.get(id).map(|tunnel| tunnel.config.clone()) else {
+            return Err(self.unknown(name));
+        };
+        let new = Tunnel {
+            engine,
+            ..old.clone()
+        };
+        self.change_tunnel(id, &old, &new)
+            .await
+            .map_err(|cause| Refused {
+                message: format!("tunnel {name} stays where it is: {cause}"),
+                remedy: "`ipsec-ctl probe` shows what this machine has for each engine".to_owned(),
+            })?;
+        self.save();
+        Ok(Done {
+            lines: vec![format!(
+                "{name} is with the engine that was asked for as soon as its children are rekeyed; `ipsec-ctl status {name}` shows what \
+                 carries them. At a reload and at the next start the configuration decides again"
+            )],
+        })
+    }
+
     async fn remove_tunnel(&mut self, id: TunnelId) {
         let now = self.now();
         self.endpoint
@@ -211,6 +240,7 @@ impl Gateway {
         self.engine
             .command(seam::Command::SetTunnel(Box::new(spec)))
             .await?;
+        self.set_carrier(id).await;
         let now = self.now();
         self.endpoint.handle_command(
             now,
@@ -259,7 +289,7 @@ pub(super) fn terms(tunnel: &Tunnel) -> Vec<u8> {
         reauth: _,
         device,
         mtu: _,
-        engine,
+        engine: _,
         mode,
         fast_path: _,
         offload: _,
@@ -275,7 +305,7 @@ pub(super) fn terms(tunnel: &Tunnel) -> Vec<u8> {
     let secret = digest::digest(&digest::SHA256, psk.expose());
     context.update(secret.as_ref());
     let who = format!(
-        "{peer:?} {local:?} {local_id:?} {remote_id:?} {ike:?} {nat:?} {device:?} {engine:?} {mode:?}"
+        "{peer:?} {local:?} {local_id:?} {remote_id:?} {ike:?} {nat:?} {device:?} {mode:?}"
     );
     context.update(who.as_bytes());
     for child in children {

@@ -12,7 +12,7 @@ use crate::{
     api::{
         Request,
         model::{
-            Child, Counter, Direction, Done, IkeSa, Interface, PeerAddress, Refused, Rekey, State,
+            Child, Counter, DeviceChanged, Direction, Done, IkeSa, Interface, PeerAddress, Refused, Rekey, State,
             Status, Tunnel,
         },
     },
@@ -35,6 +35,9 @@ impl Gateway {
             Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
             Request::Down(name, answer) => drop(answer.send(self.down(&name))),
             Request::Rekey(name, what, answer) => drop(answer.send(self.rekey(&name, what))),
+            Request::Move(name, engine, answer) => {
+                drop(answer.send(self.move_tunnel(&name, engine).await));
+            }
             Request::Reload(answer) => self.reload(Asker::Client(answer)),
         }
     }
@@ -106,11 +109,11 @@ impl Gateway {
         })
     }
 
-    fn named(&self, name: &str) -> Result<TunnelId, Refused> {
+    pub(super) fn named(&self, name: &str) -> Result<TunnelId, Refused> {
         self.tunnels.find(name).ok_or_else(|| self.unknown(name))
     }
 
-    fn unknown(&self, name: &str) -> Refused {
+    pub(super) fn unknown(&self, name: &str) -> Refused {
         let known: Vec<&str> = self
             .tunnels
             .iter()
@@ -196,6 +199,9 @@ impl Gateway {
                 Mode::Transport => "none (transport mode)".to_owned(),
             },
             mtu: tunnel.mtu,
+            device_changed: tunnel
+                .device_changed
+                .map(|(from, to)| DeviceChanged { from, to }),
             peer: tunnel.config.peer.to_string(),
             addresses: addresses(tunnel, ike),
             role: match tunnel.config.role {

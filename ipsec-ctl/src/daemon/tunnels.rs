@@ -48,6 +48,8 @@ pub(super) struct TunnelState {
     pub(super) failed: BTreeMap<IpAddr, String>,
     /// MTU of its device.
     pub(super) mtu: Option<u16>,
+    /// Index of its device before and after it went to another engine last.
+    pub(super) device_changed: Option<(u32, u32)>,
     /// Pairs of SAs that are installed.
     pub(super) pairs: BTreeMap<ChildSaId, SaPair>,
 }
@@ -204,6 +206,7 @@ impl Tunnels {
                 looked_up: Instant::now(),
                 failed: BTreeMap::new(),
                 mtu: None,
+                device_changed: None,
                 pairs: BTreeMap::new(),
             },
         );

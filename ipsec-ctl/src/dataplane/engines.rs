@@ -1,8 +1,12 @@
 //! The engines of this process behind one door: a command goes to the engine that has its tunnel or its SA, the answer to
 //! a question is put together from those of all engines.
 //!
+//! A tunnel is wholly with one engine, but while it [moves](moving) from one to the other.
+//!
 //! Sockets, routes and the XDP program belong to the `xdp` engine, which is always there. The `kernel` engine is started
 //! with the first tunnel that asks for it.
+
+mod moving;
 
 use std::{
     collections::HashMap,
@@ -12,8 +16,10 @@ use std::{
 use ipsec_common::Reason;
 use tokio::sync::{OnceCell, mpsc};
 
+use self::moving::{Home, Moves};
 use super::{
     kernel,
+    routing::Place,
     seam::{
         Command, Df, EngineChoice, EngineConfig, Event, KernelReason, Ledger, Mode, Rejected,
         Reply, Request, SaId, SaStats, Survey, TunnelId, TunnelSpec,
@@ -29,6 +35,8 @@ pub struct Engines {
     netlink: Netlink,
     /// When SAs end, whatever becomes of the daemon.
     deadlines: Mutex<HashMap<SaId, u64>>,
+    /// Tunnels on their way from one engine to the other. Held while a command is done.
+    moves: tokio::sync::Mutex<Moves>,
 }
 
 impl Engines {
@@ -48,6 +56,7 @@ impl Engines {
             kernel: OnceCell::new(),
             netlink,
             deadlines: Mutex::default(),
+            moves: tokio::sync::Mutex::default(),
         };
         Ok((engines, events))
     }
@@ -64,8 +73,13 @@ impl Engines {
     }
 
     async fn command(&self, command: Command) -> Result<Option<Ledger>, Rejected> {
+        // IKE waits for nothing.
+        if let Command::SendIke(_) = command {
+            return self.xdp.command(command).await;
+        }
+        let moves = &mut *self.moves.lock().await;
         match command {
-            Command::SetTunnel(spec) => self.set_tunnel(*spec).await.map(|()| None),
+            Command::SetTunnel(spec) => self.set_tunnel(moves, *spec).await.map(|()| None),
             Command::Configured => {
                 if let Some(kernel) = self.kernel.get() {
                     kernel.command(Command::Configured).await?;
@@ -73,43 +87,67 @@ impl Engines {
                 self.xdp.command(Command::Configured).await
             }
             Command::RemoveTunnel(id) => {
+                self.give_up_move(moves, id).await;
                 self.give(self.kernel_of(id).await, Command::RemoveTunnel(id))
                     .await
             }
             Command::Install(spec) => {
+                let home = moves.home_of_new(spec.tunnel);
                 let (id, tunnel, expires) = (spec.id, spec.tunnel, spec.lifetime.expires);
-                self.put_in((id, tunnel, expires), Command::Install(spec))
+                self.put_in(home, (id, tunnel, expires), Command::Install(spec))
                     .await
             }
             Command::Resume(spec, before) => {
+                let home = match moves.home_of_new(spec.tunnel) {
+                    Some(home) if self.has_sa(home.other(), spec.id).await => Some(home.other()),
+                    home => home,
+                };
                 let (id, tunnel, expires) = (spec.id, spec.tunnel, spec.lifetime.expires);
-                self.put_in((id, tunnel, expires), Command::Resume(spec, before))
+                self.put_in(home, (id, tunnel, expires), Command::Resume(spec, before))
                     .await
             }
             Command::SetCarrier(id, on) => {
+                if moves.has(id) {
+                    self.xdp.command(Command::SetCarrier(id, on)).await?;
+                }
                 self.give(self.kernel_of(id).await, Command::SetCarrier(id, on))
                     .await
             }
-            Command::Remove(id) => {
-                self.deadlines().remove(&id);
-                self.give(self.kernel_with(id).await, Command::Remove(id))
-                    .await
-            }
+            Command::Remove(id) => self.remove(moves, id).await,
             Command::MoveOuter(id, outer) => {
                 self.give(self.kernel_with(id).await, Command::MoveOuter(id, outer))
                     .await
             }
-            Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
+            Command::SendIke(_) => Ok(None),
         }
     }
 
-    /// Gives an SA to the engine that has its tunnel, and notes its end.
+    async fn remove(&self, moves: &mut Moves, id: SaId) -> Result<Option<Ledger>, Rejected> {
+        self.deadlines().remove(&id);
+        if self.is_held(moves, id).await {
+            self.advance_all(moves).await;
+            return Ok(None);
+        }
+        let removed = self
+            .give(self.kernel_with(id).await, Command::Remove(id))
+            .await;
+        self.advance_all(moves).await;
+        removed
+    }
+
+    /// Gives an SA to an engine, else to the one that has its tunnel, and notes its end.
     async fn put_in(
         &self,
+        home: Option<Home>,
         (id, tunnel, expires): (SaId, TunnelId, Option<u64>),
         command: Command,
     ) -> Result<Option<Ledger>, Rejected> {
-        let ledger = self.give(self.kernel_of(tunnel).await, command).await?;
+        let kernel = match home {
+            Some(Home::Kernel(_)) => self.kernel.get(),
+            Some(Home::Xdp) => None,
+            None => self.kernel_of(tunnel).await,
+        };
+        let ledger = self.give(kernel, command).await?;
         self.deadlines().extend(expires.map(|at| (id, at)));
         Ok(ledger)
     }
@@ -163,7 +201,20 @@ impl Engines {
         kernel.has_sa(id).await.then_some(kernel)
     }
 
-    async fn set_tunnel(&self, spec: TunnelSpec) -> Result<(), Rejected> {
+    /// Gives a tunnel to the engine that is to carry it. One that another carries moves there, as long as it is up without a gap.
+    async fn set_tunnel(&self, moves: &mut Moves, spec: TunnelSpec) -> Result<(), Rejected> {
+        let home = self.home_for(&spec).await?;
+        if moves.has(spec.id) {
+            return self.keep_up(moves, spec, home).await;
+        }
+        match self.home_of(spec.id).await {
+            Some(before) if before.is_other(home) => self.begin_move(moves, spec, home).await,
+            Some(_) | None => self.put(home, spec, Place::InUse).await,
+        }
+    }
+
+    /// Where a tunnel is to be.
+    async fn home_for(&self, spec: &TunnelSpec) -> Result<Home, Rejected> {
         let reason = match spec.engine {
             EngineChoice::Xdp => None,
             EngineChoice::Kernel => Some(KernelReason::Configured),
@@ -172,10 +223,10 @@ impl Engines {
                 wants.then_some(KernelReason::NoFastPath)
             }
         };
-        let kernel = match reason {
-            None => None,
+        let home = match reason {
+            None => Home::Xdp,
             Some(reason) => match self.start_kernel().await {
-                Ok(kernel) => Some((kernel, reason)),
+                Ok(_) => Home::Kernel(reason),
                 Err(error) if reason == KernelReason::Configured => {
                     return Err(Rejected::Kernel {
                         step: "engine = \"kernel\"".to_owned(),
@@ -184,32 +235,40 @@ impl Engines {
                 }
                 Err(error) => {
                     tracing::info!(%error, tunnel = spec.name, "no kernel engine: the slow path carries the tunnel");
-                    None
+                    Home::Xdp
                 }
             },
         };
-        match kernel {
-            Some((kernel, reason)) => {
-                // It may have been the other engine's before.
-                match self.xdp.command(Command::RemoveTunnel(spec.id)).await {
-                    Ok(_) | Err(Rejected::UnknownTunnel) => {}
-                    Err(rejected) => return Err(rejected),
-                }
-                kernel.set_tunnel(spec, reason).await
-            }
-            None if spec.mode == Mode::Transport => Err(Rejected::Kernel {
+        if home == Home::Xdp && spec.mode == Mode::Transport {
+            return Err(Rejected::Kernel {
                 step: "mode = \"transport\"".to_owned(),
                 reason: "only engine = \"kernel\" carries it".to_owned(),
-            }),
-            None => {
-                if let Some(kernel) = self.kernel_of(spec.id).await {
-                    kernel.command(Command::RemoveTunnel(spec.id)).await?;
-                }
+            });
+        }
+        Ok(home)
+    }
+
+    /// Where a tunnel is, if it is anywhere.
+    async fn home_of(&self, id: TunnelId) -> Option<Home> {
+        if self.kernel_of(id).await.is_some() {
+            return Some(Home::Kernel(KernelReason::Configured));
+        }
+        self.xdp.has_tunnel(id).await.then_some(Home::Xdp)
+    }
+
+    /// Gives a tunnel to an engine.
+    async fn put(&self, home: Home, spec: TunnelSpec, place: Place) -> Result<(), Rejected> {
+        match (home, place) {
+            (Home::Kernel(reason), place) => {
+                let kernel = self.kernel.get().ok_or(Rejected::UnknownTunnel)?;
+                kernel.set_tunnel(spec, reason, place).await
+            }
+            (Home::Xdp, Place::Aside) => self.xdp.set_tunnel_aside(spec).await,
+            (Home::Xdp, Place::InUse) => {
+                // What an engine of a former life has left.
                 kernel::engine::remove_device(&self.netlink, &spec.device).await?;
-                self.xdp
-                    .command(Command::SetTunnel(Box::new(spec)))
-                    .await
-                    .map(|_| ())
+                let set = Command::SetTunnel(Box::new(spec));
+                self.xdp.command(set).await.map(|_| ())
             }
         }
     }
@@ -242,7 +301,7 @@ impl Engines {
     }
 
     async fn survey(&self) -> Survey {
-        let mut survey = self.xdp.survey();
+        let mut survey = self.xdp.survey().await;
         if let Some(kernel) = self.kernel.get() {
             let more = kernel.survey().await;
             survey.tunnels.extend(more.tunnels);

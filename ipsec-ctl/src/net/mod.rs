@@ -4,6 +4,7 @@
 
 mod esp_filter;
 pub mod forwarding;
+mod heir;
 pub mod netfilter;
 pub mod netlink;
 pub mod preflight;

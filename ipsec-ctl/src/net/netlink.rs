@@ -44,7 +44,7 @@ impl NetlinkError {
         }
     }
 
-    fn is(&self, errno: i32) -> bool {
+    pub(super) fn is(&self, errno: i32) -> bool {
         self.errno == Some(errno)
     }
 }
@@ -348,7 +348,7 @@ impl Netlink {
             .collect())
     }
 
-    async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
+    pub(super) async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut found = Vec::new();
         for message in [
             RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),

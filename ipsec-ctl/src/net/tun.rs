@@ -26,7 +26,6 @@ pub const LONGEST_NAME: usize = libc::IFNAMSIZ - 1;
 #[derive(Debug)]
 pub struct Tun {
     file: File,
-    name: String,
 }
 
 impl Tun {
@@ -34,8 +33,19 @@ impl Tun {
     ///
     /// # Errors
     ///
-    /// `EBUSY` if a living process has it, `EPERM` without CAP_NET_ADMIN, `ENOENT` where there is no /dev/net/tun.
+    /// As for [`Self::open_fleeting`].
     pub fn open(name: &str) -> io::Result<Self> {
+        let tun = Self::open_fleeting(name)?;
+        tun.persist(true)?;
+        Ok(tun)
+    }
+
+    /// As [`Self::open`], but a new device ends with the process unless it is told to [persist](Self::persist).
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a living process has it, `EPERM` without CAP_NET_ADMIN, `ENOENT` where there is no /dev/net/tun.
+    pub fn open_fleeting(name: &str) -> io::Result<Self> {
         if name.is_empty() || name.len() > LONGEST_NAME {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
@@ -52,15 +62,15 @@ impl Tun {
         request.ifr_ifru.ifru_flags = IFF_TUN | IFF_NO_PI;
         // SAFETY: the descriptor is open, and the request is a valid `ifreq` that outlives the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw const request) })?;
-        let tun = Self {
-            file,
-            name: name.to_owned(),
-        };
-        tun.persist(true)?;
-        Ok(tun)
+        Ok(Self { file })
     }
 
-    fn persist(&self, persist: bool) -> io::Result<()> {
+    /// Whether the device outlives the process.
+    ///
+    /// # Errors
+    ///
+    /// Those of the ioctl.
+    pub fn persist(&self, persist: bool) -> io::Result<()> {
         // SAFETY: the descriptor is open; the argument is an integer by value.
         check(unsafe {
             libc::ioctl(
@@ -69,11 +79,6 @@ impl Tun {
                 libc::c_ulong::from(persist),
             )
         })
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
     }
 
     /// Reports a carrier, or that there is none, to whoever watches the link.

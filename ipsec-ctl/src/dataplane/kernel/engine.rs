@@ -1,6 +1,7 @@
 //! The engine as its neighbours know it: commands, events and counters in front of states, policies and interfaces.
 
 mod card;
+mod place;
 mod repair;
 mod resume;
 mod sa;
@@ -27,6 +28,7 @@ use super::{
 };
 use crate::{
     dataplane::{
+        routing::Place,
         seam::{
             Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, PathCounters,
             Rejected, SaFacts, SaId, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
@@ -161,9 +163,16 @@ impl Engine {
     /// # Errors
     ///
     /// [`Rejected`].
-    pub async fn set_tunnel(&self, spec: TunnelSpec, reason: KernelReason) -> Result<(), Rejected> {
+    pub async fn set_tunnel(
+        &self,
+        spec: TunnelSpec,
+        reason: KernelReason,
+        place: Place,
+    ) -> Result<(), Rejected> {
         let mut everything = self.inner.state.lock().await;
-        self.inner.set_tunnel(&mut everything, spec, reason).await
+        self.inner
+            .set_tunnel(&mut everything, spec, reason, place)
+            .await
     }
 
     /// Does what the daemon asks of tunnels and SAs that are this engine's.
@@ -176,7 +185,12 @@ impl Engine {
         let mut everything = inner.state.lock().await;
         match command {
             Command::SetTunnel(spec) => inner
-                .set_tunnel(&mut everything, *spec, KernelReason::Configured)
+                .set_tunnel(
+                    &mut everything,
+                    *spec,
+                    KernelReason::Configured,
+                    Place::InUse,
+                )
                 .await
                 .map(|()| None),
             Command::Configured => {
@@ -234,13 +248,14 @@ impl Engine {
         stats.collect()
     }
 
-    /// All tunnels and SAs.
+    /// All SAs, and the tunnels whose devices are in use.
     pub async fn survey(&self) -> Survey {
         let everything = self.inner.state.lock().await;
         Survey {
             tunnels: everything
                 .tunnels
                 .iter()
+                .filter(|(_, tunnel)| tunnel.place == Place::InUse)
                 .map(|(id, tunnel)| TunnelFacts {
                     id: *id,
                     device: tunnel.spec.device.clone(),

@@ -21,6 +21,8 @@ struct Entry {
     name: String,
     device: Option<u32>,
     spec: RoutingSpec,
+    /// Names of other devices that its packets may come out of.
+    beside: Vec<String>,
 }
 
 /// Keeps the kernel's routes and rules as the tunnels need them.
@@ -120,12 +122,41 @@ impl Routing {
 
     /// Notes what a tunnel wants; `number` names it, `name` and `device` its device, which may not be there yet.
     pub fn set(&mut self, number: u32, name: &str, device: Option<u32>, spec: &RoutingSpec) {
+        let old = self.tunnels.remove(&number);
         let entry = Entry {
             name: name.to_owned(),
             device,
             spec: spec.clone(),
+            beside: old.map(|old| old.beside).unwrap_or_default(),
         };
         self.tunnels.insert(number, entry);
+    }
+
+    /// From now on packets of a tunnel may come out of these devices, too.
+    pub fn expect_beside(&mut self, number: u32, names: Vec<String>) {
+        if let Some(entry) = self.tunnels.get_mut(&number) {
+            entry.beside = names;
+        }
+        if self.complete {
+            self.guard();
+        }
+    }
+
+    /// Lets all routes that lead into one device of a tunnel lead into another, those of others, too.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn hand_over(
+        &mut self,
+        number: u32,
+        from: u32,
+        to: u32,
+    ) -> Result<(), NetlinkError> {
+        if let Some(entry) = self.tunnels.get_mut(&number) {
+            entry.device = Some(to);
+        }
+        self.netlink.inherit_routes(from, to).await
     }
 
     /// Forgets a tunnel.
@@ -189,10 +220,13 @@ impl Routing {
         let tunnels: Vec<_> = self
             .tunnels
             .values()
-            .map(|entry| Guarded {
-                device: &entry.name,
-                is_there: entry.device.is_some(),
-                spec: &entry.spec,
+            .flat_map(|entry| {
+                let names = [&entry.name].into_iter().chain(&entry.beside);
+                names.map(|name| Guarded {
+                    device: name,
+                    is_there: entry.device.is_some(),
+                    spec: &entry.spec,
+                })
             })
             .collect();
         let wanted = guard::guard(&tunnels, self.ports);

@@ -36,6 +36,15 @@ pub struct RoutingSpec {
     pub bypass: Vec<IpNet>,
 }
 
+/// Whether a tunnel's routes lead into a device: while it goes from one engine to another it has two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// They do.
+    InUse,
+    /// They lead into the other one.
+    Aside,
+}
+
 /// Who installs the routes of a tunnel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

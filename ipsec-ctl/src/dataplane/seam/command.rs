@@ -22,7 +22,9 @@ pub struct SaId(pub u64);
 /// A command. Every one is answered: `Ok(Ledger)` for an install, `Ok(None)` for the rest, or [`super::Rejected`].
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// Creates the tunnel and its device, or changes what differs from before; SAs stay.
+    /// Creates the tunnel and its device, or changes what differs from before; SAs stay. If another engine is to carry it from now
+    /// on, its SAs are reported to near their end, and what is installed after this command is the other engine's; the removal of
+    /// outbound SAs then takes effect once all of the tunnel have been removed.
     SetTunnel(Box<TunnelSpec>),
     /// All tunnels of the configuration have been set: what a former life has left and none of them wants may go.
     Configured,

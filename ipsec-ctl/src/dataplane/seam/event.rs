@@ -53,6 +53,15 @@ pub enum Event {
         /// The new MTU in bytes.
         mtu: u16,
     },
+    /// A tunnel has gone to another engine, and its name to a device with another index.
+    DeviceChanged {
+        /// The tunnel.
+        tunnel: TunnelId,
+        /// Index of the device before.
+        from: u32,
+        /// Index of the device that it has now.
+        to: u32,
+    },
     /// The FIB sends the tunnel's own peer into a tunnel device of ours: nothing is sent until that is mended.
     RecursiveRoute {
         /// The tunnel.

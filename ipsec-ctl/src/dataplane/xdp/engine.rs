@@ -1,6 +1,7 @@
 //! The engine as the daemon knows it: commands, events and counters in front of tables, devices, routes and threads.
 
 mod lodge;
+mod place;
 
 pub use lodge::Lodge;
 
@@ -37,7 +38,7 @@ use super::{
 };
 use crate::{
     dataplane::{
-        routing::Routing,
+        routing::{Place, Routing},
         seam::{
             Before, Command, Direction, EngineConfig, Event, InterfaceStatus, Ledger,
             OffloadReason, Outer, Rejected, SaFacts, SaId, SaSpec, SaStats, Survey, TunnelFacts,
@@ -103,6 +104,7 @@ struct Configured {
     spec: TunnelSpec,
     tun: Arc<Tun>,
     tunnel: Arc<Tunnel>,
+    place: Place,
 }
 
 impl Engine {
@@ -195,7 +197,7 @@ impl Engine {
     pub async fn command(&self, command: Command) -> Result<Option<Ledger>, Rejected> {
         let inner = &self.inner;
         match command {
-            Command::SetTunnel(spec) => inner.set_tunnel(*spec).await.map(|()| None),
+            Command::SetTunnel(spec) => inner.set_tunnel(*spec, Place::InUse).await.map(|()| None),
             Command::Configured => {
                 inner.tables.forget_what_is_left();
                 let mut control = inner.control.lock().await;
@@ -291,20 +293,23 @@ impl Engine {
         interfaces
     }
 
-    /// All tunnels and SAs.
-    pub fn survey(&self) -> Survey {
-        let mut tunnels: Vec<_> = self.inner.slow.devices.all();
-        tunnels.sort_by_key(|device| device.tunnel.id);
+    /// All SAs, and the tunnels whose devices are in use.
+    pub async fn survey(&self) -> Survey {
+        let mut tunnels: Vec<TunnelFacts> = {
+            let control = self.inner.control.lock().await;
+            let configured = control.tunnels.values();
+            let in_use = configured.filter(|one| one.place == Place::InUse);
+            let facts = in_use.map(|one| TunnelFacts {
+                id: one.spec.id,
+                device: one.spec.device.clone(),
+                mtu: one.tunnel.mtu(),
+            });
+            facts.collect()
+        };
+        tunnels.sort_by_key(|tunnel| tunnel.id);
         let fast = self.inner.fast();
         Survey {
-            tunnels: tunnels
-                .iter()
-                .map(|device| TunnelFacts {
-                    id: device.tunnel.id,
-                    device: device.tun.name().to_owned(),
-                    mtu: device.tunnel.mtu(),
-                })
-                .collect(),
+            tunnels,
             sas: self
                 .inner
                 .tables
@@ -332,11 +337,11 @@ impl Engine {
 }
 
 impl Inner {
-    async fn set_tunnel(&self, spec: TunnelSpec) -> Result<(), Rejected> {
+    async fn set_tunnel(&self, spec: TunnelSpec, place: Place) -> Result<(), Rejected> {
         let mut control = self.control.lock().await;
         let kept = match control.tunnels.get(&spec.id) {
             // A daemon that comes back tells all of them.
-            Some(old) if old.spec == spec => return Ok(()),
+            Some(old) if old.spec == spec && old.place == place => return Ok(()),
             Some(old) if old.spec.device == spec.device => Some(Arc::clone(&old.tun)),
             Some(old) => {
                 let _ = old.tun.remove();
@@ -346,10 +351,14 @@ impl Inner {
         };
         let tun = match kept {
             Some(tun) => tun,
-            None => Arc::new(
-                Tun::open(&spec.device)
-                    .map_err(|error| Rejected::by_kernel("open the TUN device", &error))?,
-            ),
+            None => {
+                let opened = match place {
+                    Place::InUse => Tun::open(&spec.device),
+                    Place::Aside => Tun::open_fleeting(&spec.device),
+                };
+                let failed = |error| Rejected::by_kernel("open the TUN device", &error);
+                Arc::new(opened.map_err(failed)?)
+            }
         };
         let link = self
             .netlink
@@ -379,11 +388,13 @@ impl Inner {
             .devices
             .insert(device)
             .map_err(|error| Rejected::by_kernel("watch the TUN device", &error))?;
-        control
-            .routing
-            .set(spec.id.0, &spec.device, Some(link.index), &spec.routing);
-        // At once: the first packet may come before the keeper does.
-        control.routing.protect(spec.id.0).await?;
+        if place == Place::InUse {
+            control
+                .routing
+                .set(spec.id.0, &spec.device, Some(link.index), &spec.routing);
+            // At once: the first packet may come before the keeper does.
+            control.routing.protect(spec.id.0).await?;
+        }
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
@@ -395,9 +406,14 @@ impl Inner {
             fast.set_tunnel(&tunnel, spec.fast_path)
         };
         self.report(changed);
-        control
-            .tunnels
-            .insert(spec.id, Configured { spec, tun, tunnel });
+        let id = spec.id;
+        let configured = Configured {
+            spec,
+            tun,
+            tunnel,
+            place,
+        };
+        control.tunnels.insert(id, configured);
         self.dirty.notify_one();
         Ok(())
     }
@@ -408,7 +424,9 @@ impl Inner {
         self.fast().remove_tunnel(id);
         self.tables.remove_tunnel(id);
         self.slow.devices.remove(id);
-        control.routing.remove(id.0);
+        if configured.place == Place::InUse {
+            control.routing.remove(id.0);
+        }
         self.dirty.notify_one();
         configured
             .tun

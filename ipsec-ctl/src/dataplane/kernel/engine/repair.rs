@@ -179,7 +179,7 @@ impl Inner {
 }
 
 /// Has the kernel lower the MSS of TCP that is forwarded through devices.
-fn clamp(all: &mut Everything) {
+pub(super) fn clamp(all: &mut Everything) {
     let wanted: BTreeMap<String, u16> = all
         .tunnels
         .values()

@@ -48,7 +48,7 @@ pub(super) struct Sa {
 
 impl Sa {
     /// Our address and port and the peer's, if ESP comes in UDP.
-    fn pair(&self) -> Option<(SocketAddr, SocketAddr)> {
+    pub(super) fn pair(&self) -> Option<(SocketAddr, SocketAddr)> {
         let encap = self.outer.encap?;
         (self.direction == Direction::Inbound).then_some((
             SocketAddr::new(self.outer.local, encap.local_port),

@@ -9,6 +9,7 @@ use crate::{
             policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
             transport,
         },
+        routing::Place,
         seam::{ChildId, Df, Event, KernelReason, Mode, Rejected, SaId, TunnelId, TunnelSpec},
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
@@ -21,6 +22,8 @@ pub(super) struct Tunnel {
     pub(super) spec: TunnelSpec,
     /// Why it is here.
     pub(super) reason: KernelReason,
+    /// Whether its routes lead into its device.
+    pub(super) place: Place,
     /// Number of its interface, states and policies.
     pub(super) if_id: u32,
     pub(super) ifindex: u32,
@@ -88,6 +91,7 @@ impl Inner {
         all: &mut Everything,
         spec: TunnelSpec,
         reason: KernelReason,
+        place: Place,
     ) -> Result<(), Rejected> {
         if spec.df == Df::Set {
             return Err(Rejected::by_kernel(
@@ -137,6 +141,7 @@ impl Inner {
         let outbound = old.map(|old| old.outbound).unwrap_or_default();
         let tunnel = Tunnel {
             reason,
+            place,
             if_id,
             ifindex,
             mtu: spec.mtu.unwrap_or(MTU_WITHOUT_SA),
@@ -234,6 +239,9 @@ impl Inner {
         for &address in addresses {
             self.netlink.add_address(index, address).await?;
         }
+        if tunnel.place == Place::Aside {
+            return Ok(());
+        }
         self.lodge
             .set_routes(id, &spec.device, index, &spec.routing)
             .await
@@ -271,7 +279,9 @@ impl Inner {
             return Err(Rejected::UnknownTunnel);
         };
         let removed = if tunnel.has_device() {
-            self.lodge.remove_routes(id).await;
+            if tunnel.place == Place::InUse {
+                self.lodge.remove_routes(id).await;
+            }
             self.netlink.remove_link(tunnel.ifindex).await
         } else {
             Ok(())

@@ -65,6 +65,22 @@ impl Lodge {
         Ok(())
     }
 
+    /// From now on packets of a tunnel may come out of these devices, too.
+    pub async fn expect_beside(&self, id: TunnelId, names: Vec<String>) {
+        let mut control = self.0.control.lock().await;
+        control.routing.expect_beside(id.0, names);
+    }
+
+    /// Lets all routes that lead into one device of a tunnel lead into another, in one step each.
+    pub async fn hand_over_routes(&self, id: TunnelId, from: u32, to: u32) {
+        let mut control = self.0.control.lock().await;
+        if let Err(error) = control.routing.hand_over(id.0, from, to).await {
+            tracing::warn!(%error, "not all routes follow a tunnel");
+        }
+        self.0.fast().set_wary(&control.routing.wary());
+        self.0.dirty.notify_one();
+    }
+
     /// Forgets a tunnel's routes.
     pub async fn remove_routes(&self, id: TunnelId) {
         self.0.control.lock().await.routing.remove(id.0);

@@ -137,7 +137,7 @@ impl SlowPath {
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                         Err(error) => {
                             // The device was removed under our hands: it would be ready for ever.
-                            tracing::warn!(device = device.tun.name(), %error, "the TUN device cannot be read");
+                            tracing::warn!(tunnel = device.tunnel.settings.load().name, %error, "the TUN device cannot be read");
                             self.devices.remove(device.tunnel.id);
                             break;
                         }

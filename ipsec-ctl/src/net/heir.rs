@@ -1,0 +1,185 @@
+//! One link takes the place of another: what others have given it, its routes and its name.
+//!
+//! Routes are replaced one by one, each in one step, so that there is no moment in which a packet finds none.
+
+use futures_util::TryStreamExt;
+use netlink_packet_route::{
+    AddressFamily,
+    address::{AddressAttribute, AddressMessage},
+    link::LinkAttribute,
+    route::{RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol},
+};
+use rtnetlink::LinkUnspec;
+
+use super::netlink::{Netlink, NetlinkError};
+
+impl Netlink {
+    /// Gives a link the addresses of another, and the bridge or VRF that it is in.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn inherit_addresses(&self, from: u32, to: u32) -> Result<(), NetlinkError> {
+        let mut first = self.inherit_controller(from, to).await;
+        for mut message in self.addresses_of(from).await? {
+            message.header.index = to;
+            // A label begins with the link's name, and the time that is left is said anew.
+            message
+                .attributes
+                .retain(|attribute| !matches!(attribute, AddressAttribute::Label(_)));
+            let mut request = self
+                .handle
+                .address()
+                .add(to, std::net::Ipv4Addr::UNSPECIFIED.into(), 32)
+                .replace();
+            *request.message_mut() = message;
+            let added = request.execute().await;
+            first = first.and(added.map_err(|error| {
+                NetlinkError::new(format!("give an address of link {from} to {to}"), &error)
+            }));
+        }
+        first
+    }
+
+    async fn inherit_controller(&self, from: u32, to: u32) -> Result<(), NetlinkError> {
+        let failed = |error| NetlinkError::new(format!("look link {from} up"), &error);
+        let mut links = self.handle.link().get().match_index(from).execute();
+        let Some(link) = links.try_next().await.map_err(failed)? else {
+            return Ok(());
+        };
+        let controller = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+            _ => None,
+        });
+        let Some(controller) = controller else {
+            return Ok(());
+        };
+        let message = LinkUnspec::new_with_index(to).controller(controller).build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| {
+            NetlinkError::new(format!("put link {to} where link {from} is"), &error)
+        })
+    }
+
+    /// Takes all addresses off a link.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn remove_addresses(&self, index: u32) -> Result<(), NetlinkError> {
+        let mut first = Ok(());
+        for message in self.addresses_of(index).await? {
+            let removed = self.handle.address().del(message).execute().await;
+            first = first.and(removed.map_err(|error| {
+                NetlinkError::new(format!("take an address off link {index}"), &error)
+            }));
+        }
+        first
+    }
+
+    async fn addresses_of(&self, index: u32) -> Result<Vec<AddressMessage>, NetlinkError> {
+        let get = self.handle.address().get().set_link_index_filter(index);
+        get.execute()
+            .try_collect()
+            .await
+            .map_err(|error| NetlinkError::new(format!("list addresses of link {index}"), &error))
+    }
+
+    /// Lets all routes that lead into one link lead into another, in all tables, whoever made them. Those that the kernel
+    /// makes of addresses come with these.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn inherit_routes(&self, from: u32, to: u32) -> Result<(), NetlinkError> {
+        let mut moved: Vec<RouteMessage> = self
+            .routes()
+            .await?
+            .into_iter()
+            .filter(|route| route.header.protocol != RouteProtocol::Kernel)
+            .filter_map(|route| redirected(route, from, to))
+            .collect();
+        // A gateway must be reachable by the new link before a route names it.
+        moved.sort_by_key(has_gateway);
+        let mut first = Ok(());
+        for route in moved {
+            let replaced = self.handle.route().add(route).replace().execute().await;
+            first = first.and(replaced.map_err(|error| {
+                NetlinkError::new(format!("lead a route of link {from} into {to}"), &error)
+            }));
+        }
+        first
+    }
+
+    /// Gives a link another name. Before Linux 6.2 it has to be set down for that, which takes its routes away: then this
+    /// returns true.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`], with nothing changed but perhaps the routes.
+    pub async fn rename(&self, index: u32, name: &str) -> Result<bool, NetlinkError> {
+        match self.set_name(index, name).await {
+            Err(error) if error.is(libc::EBUSY) => {}
+            other => return other.map(|()| false),
+        }
+        let down = LinkUnspec::new_with_index(index).down().build();
+        let set = self.handle.link().set(down).execute().await;
+        set.map_err(|error| NetlinkError::new(format!("set link {index} down"), &error))?;
+        let named = self.set_name(index, name).await;
+        self.set_up(index).await?;
+        named.map(|()| true)
+    }
+
+    async fn set_name(&self, index: u32, name: &str) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(index).name(name).build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| NetlinkError::new(format!("call link {index} {name}"), &error))
+    }
+}
+
+/// The route with one link in the place of another, if it leads into that one.
+fn redirected(mut route: RouteMessage, from: u32, to: u32) -> Option<RouteMessage> {
+    let mut changed = false;
+    let next_hops = route.attributes.iter().any(|attribute| {
+        // Of a next hop that is an object of its own the route's link is a mere echo.
+        matches!(attribute, RouteAttribute::NhId(_))
+    });
+    if next_hops {
+        return None;
+    }
+    for attribute in &mut route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) if *index == from => {
+                *index = to;
+                changed = true;
+            }
+            RouteAttribute::MultiPath(hops) => {
+                for hop in hops {
+                    // What the kernel has found out about the link is not for us to tell.
+                    hop.flags &= RouteNextHopFlags::Onlink;
+                    if hop.interface_index == from {
+                        hop.interface_index = to;
+                        changed = true;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    route.header.flags &= RouteFlags::Onlink;
+    if route.header.address_family == AddressFamily::Inet6 {
+        route
+            .attributes
+            .retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
+    }
+    changed.then_some(route)
+}
+
+fn has_gateway(route: &RouteMessage) -> bool {
+    route.attributes.iter().any(|attribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_)
+        )
+    })
+}
