@@ -391,6 +391,15 @@ impl<'a> Gateway<'a> {
         self.ask(&["rekey", "--ike", tunnel])
     }
 
+    /// Has another engine carry a tunnel.
+    ///
+    /// # Errors
+    ///
+    /// What the daemon said.
+    pub fn move_to(&self, tunnel: &str, engine: &str) -> anyhow::Result<String> {
+        self.ask(&["move", tunnel, engine])
+    }
+
     /// Has the configuration read again.
     ///
     /// # Errors

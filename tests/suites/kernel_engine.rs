@@ -13,7 +13,7 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    pair::{PATIENCE, conversation, endless, ends, hosts_talk, start, stop_and_release},
+    pair::{Flows, PATIENCE, conversation, endless, ends, hosts_talk, start, stop_and_release},
     ping::Ping,
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
@@ -47,7 +47,8 @@ fn main() -> ExitCode {
         [XfrmInterfaces, StrongSwan] long strongswan_on_the_kernels_esp_is_understood_over_ipv6,
         [XfrmInterfaces] nothing_is_in_the_clear_through_kill_and_restart,
         [XfrmInterfaces] protection_outlives_the_daemon_until_release_and_strangers_are_left_alone,
-        [XfrmInterfaces] long a_reload_moves_a_tunnel_to_the_other_engine,
+        [XfrmInterfaces] a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing,
+        [XfrmInterfaces] long a_tunnel_moves_there_and_back_with_what_others_have_given_its_device,
     ])
 }
 
@@ -496,19 +497,92 @@ fn protection_outlives_the_daemon_until_release_and_strangers_are_left_alone() -
     Ok(())
 }
 
-fn a_reload_moves_a_tunnel_to_the_other_engine() -> anyhow::Result<()> {
+/// Two children, so that none may go before the other; A is the one that moves.
+fn of_two_families(side: Side) -> Tunnel {
+    let mut tunnel = Tunnel::between_sites(side, V4);
+    let mut second = Tunnel::between_sites(side, V6).children;
+    for child in &mut second {
+        child.name = "net6".to_owned();
+    }
+    tunnel.children.extend(second);
+    tunnel
+}
+
+fn index_of(topology: &Topology, device: &str) -> anyhow::Result<u32> {
+    let link = topology.gateway_a.ip(&format!("-o link show {device}"))?;
+    let (index, _) = link.split_once(':').context("no index")?;
+    Ok(index.parse()?)
+}
+
+/// Has a tunnel moved by `how` while packets flow, and waits until nothing of it is with the engine that it was with.
+fn moves(
+    topology: &Topology,
+    gateway: &Gateway<'_>,
+    how: impl FnOnce() -> anyhow::Result<String>,
+) -> anyhow::Result<()> {
+    let before = index_of(topology, "site")?;
+    let flows = Flows::start(topology)?;
+    how()?;
+    let moved = gateway.wait("site", "with the other engine", PATIENCE, |tunnel| {
+        let changed = tunnel.device_changed;
+        changed.is_some_and(|changed| changed.from == before)
+    })?;
+    wait_for("the old device to go", PATIENCE, || {
+        let links = topology.gateway_a.ip("-o link show")?;
+        Ok((!links.contains("ipsec")).then_some(()))
+    })?;
+    flows.are_perfect()?;
+    let changed = moved.device_changed.context("no other index")?;
+    ensure!(index_of(topology, "site")? == changed.to, "{changed:?}");
+    hosts_talk(topology, V6)
+}
+
+fn a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let capture = Capture::start(&topology.router)?;
-    let (a, b) = ends(V4);
-    let (gateway, _b) = start(&topology, a.clone(), b)?;
-    hosts_talk(&topology, V4)?;
-    for (engine, kernel) in [(KERNEL, true), (XDP, false)] {
-        gateway.configure("", &[a.clone().with(engine)])?;
-        gateway.reload()?;
-        gateway.wait_up("site", PATIENCE)?;
-        hosts_talk(&topology, V4).context(engine)?;
-        let carried = is_carried_by_the_kernel(&gateway);
-        ensure!(carried.is_ok() == kernel, "{engine}: {carried:?}");
-    }
+    let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
+    let (gateway, _b) = start(&topology, a.clone(), b.respond())?;
+    let ike = gateway.spis("site")?.0;
+    moves(&topology, &gateway, || {
+        gateway.configure("", &[a.with(KERNEL)])?;
+        gateway.reload()
+    })?;
+    is_carried_by_the_kernel(&gateway)?;
+    ensure!(
+        gateway.spis("site")?.0 == ike,
+        "the IKE SA is another one: {}",
+        gateway.log(40)
+    );
     capture.stop().is_clean()
+}
+
+fn a_tunnel_moves_there_and_back_with_what_others_have_given_its_device() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let gate = &topology.gateway_a;
+    gate.exec("sysctl -qw net.ipv4.conf.all.rp_filter=1")?;
+    let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
+    let (gateway, _b) = start(&topology, a, b.respond())?;
+    gate.ip("address add 169.254.77.1/30 dev site")?;
+    gate.ip("route add 100.64.0.0/24 dev site metric 7")?;
+    gate.ip("route add 100.65.0.0/24 via 169.254.77.2 dev site table 77")?;
+    for engine in ["kernel", "xdp", "kernel"] {
+        moves(&topology, &gateway, || gateway.move_to("site", engine)).context(engine)?;
+        let carried = is_carried_by_the_kernel(&gateway);
+        ensure!(
+            carried.is_ok() == (engine == "kernel"),
+            "{engine}: {carried:?}"
+        );
+        let addresses = gate.ip("address show dev site")?;
+        ensure!(addresses.contains("169.254.77.1/30"), "{addresses}");
+        for route in [
+            "100.64.0.0/24 dev site",
+            "100.65.0.0/24 via 169.254.77.2 dev site",
+        ] {
+            let routes = gate.ip("route show table all")?;
+            ensure!(routes.contains(route), "{engine}: {routes}");
+        }
+        // It comes up there, too.
+        gateway.rekey("site")?;
+    }
+    Ok(())
 }

@@ -12,8 +12,8 @@ use crate::{
     api::{
         Request,
         model::{
-            Child, Counter, DeviceChanged, Direction, Done, IkeSa, Interface, PeerAddress, Refused, Rekey, State,
-            Status, Tunnel,
+            Child, Counter, DeviceChanged, Direction, Done, IkeSa, Interface, PeerAddress, Refused,
+            Rekey, State, Status, Tunnel,
         },
     },
     config::{Peer, Role},

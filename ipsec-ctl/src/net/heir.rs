@@ -47,14 +47,19 @@ impl Netlink {
         let Some(link) = links.try_next().await.map_err(failed)? else {
             return Ok(());
         };
-        let controller = link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Controller(index) if *index != 0 => Some(*index),
-            _ => None,
-        });
+        let controller = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+                _ => None,
+            });
         let Some(controller) = controller else {
             return Ok(());
         };
-        let message = LinkUnspec::new_with_index(to).controller(controller).build();
+        let message = LinkUnspec::new_with_index(to)
+            .controller(controller)
+            .build();
         let set = self.handle.link().set(message).execute().await;
         set.map_err(|error| {
             NetlinkError::new(format!("put link {to} where link {from} is"), &error)

@@ -151,9 +151,15 @@ impl Engines {
         }
         one.to = home;
         let (new, old) = if one.switched {
-            ((one.device.clone(), Place::InUse), (after(spec.id), Place::Aside))
+            (
+                (one.device.clone(), Place::InUse),
+                (after(spec.id), Place::Aside),
+            )
         } else {
-            ((before(spec.id), Place::Aside), (one.device.clone(), Place::InUse))
+            (
+                (before(spec.id), Place::Aside),
+                (one.device.clone(), Place::InUse),
+            )
         };
         for (home, (device, place)) in [(home, new), (home.other(), old)] {
             let spec = TunnelSpec {
@@ -254,7 +260,10 @@ impl Engines {
             Ok(false) => {}
             // It was down for a moment.
             Ok(true) => self.xdp.lodge().hand_over_routes(id, from, to).await,
-            Err(error) => told("the new device does not get the name of the old one", &error),
+            Err(error) => told(
+                "the new device does not get the name of the old one",
+                &error,
+            ),
         }
         if let Err(error) = self.netlink.remove_addresses(from).await {
             told("addresses stay on the old device", &error);

@@ -147,12 +147,7 @@ impl Routing {
     /// # Errors
     ///
     /// The first step that failed; the others are done all the same.
-    pub async fn hand_over(
-        &mut self,
-        number: u32,
-        from: u32,
-        to: u32,
-    ) -> Result<(), NetlinkError> {
+    pub async fn hand_over(&mut self, number: u32, from: u32, to: u32) -> Result<(), NetlinkError> {
         if let Some(entry) = self.tunnels.get_mut(&number) {
             entry.device = Some(to);
         }

@@ -54,7 +54,10 @@ impl Engine {
         device: &str,
     ) -> Result<(), Rejected> {
         let mut control = self.inner.control.lock().await;
-        let configured = control.tunnels.get_mut(&id).ok_or(Rejected::UnknownTunnel)?;
+        let configured = control
+            .tunnels
+            .get_mut(&id)
+            .ok_or(Rejected::UnknownTunnel)?;
         configured.place = place;
         device.clone_into(&mut configured.spec.device);
         let persists = configured.tun.persist(place == Place::InUse);
