@@ -515,7 +515,7 @@ fn index_of(topology: &Topology, device: &str) -> anyhow::Result<u32> {
 }
 
 /// Has a tunnel moved by `how` while packets flow, and waits until nothing of it is with the engine that it was with.
-fn moves(
+fn changes_engine(
     topology: &Topology,
     gateway: &Gateway<'_>,
     how: impl FnOnce() -> anyhow::Result<String>,
@@ -543,7 +543,7 @@ fn a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing() -> anyhow::
     let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
     let (gateway, _b) = start(&topology, a.clone(), b.respond())?;
     let ike = gateway.spis("site")?.0;
-    moves(&topology, &gateway, || {
+    changes_engine(&topology, &gateway, || {
         gateway.configure("", &[a.with(KERNEL)])?;
         gateway.reload()
     })?;
@@ -566,7 +566,7 @@ fn a_tunnel_moves_there_and_back_with_what_others_have_given_its_device() -> any
     gate.ip("route add 100.64.0.0/24 dev site metric 7")?;
     gate.ip("route add 100.65.0.0/24 via 169.254.77.2 dev site table 77")?;
     for engine in ["kernel", "xdp", "kernel"] {
-        moves(&topology, &gateway, || gateway.move_to("site", engine)).context(engine)?;
+        changes_engine(&topology, &gateway, || gateway.move_to("site", engine)).context(engine)?;
         let carried = is_carried_by_the_kernel(&gateway);
         ensure!(
             carried.is_ok() == (engine == "kernel"),

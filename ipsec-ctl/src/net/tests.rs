@@ -158,3 +158,41 @@ fn changes_are_noticed() {
         }
     });
 }
+
+#[test]
+fn a_link_inherits_routes_addresses_and_the_name_of_another() {
+    in_namespace(async || {
+        let netlink = Netlink::open().unwrap();
+        let (_old, from) = device(&netlink, "ipx0", "10.9.0.1/24").await;
+        let (_new, to) = device(&netlink, "ipx1", "10.8.0.1/24").await;
+        let route = |prefix: &str, gateway: Option<&str>, device| Route {
+            prefix: prefix.parse().unwrap(),
+            table: 254,
+            metric: 50,
+            target: Target::Device(device, gateway.map(address)),
+            source: Some(address("10.9.0.1")),
+        };
+        let routes = |device| {
+            vec![
+                route("10.2.0.0/24", None, device),
+                route("10.3.0.0/24", Some("10.9.0.9"), device),
+            ]
+        };
+        for route in routes(from) {
+            netlink.add_route(&route).await.unwrap();
+        }
+        netlink.inherit_addresses(from, to).await.unwrap();
+        netlink.inherit_routes(from, to).await.unwrap();
+        assert!(!netlink.rename(from, "ipx2").await.unwrap());
+        assert!(!netlink.rename(to, "ipx0").await.unwrap());
+        netlink.remove_addresses(from).await.unwrap();
+        let mut found = netlink.our_routes().await.unwrap();
+        found.sort();
+        assert_eq!(found, routes(to));
+        let addresses = netlink.addresses().await.unwrap();
+        assert!(addresses.contains(&(to, "10.9.0.1/24".parse().unwrap())));
+        assert!(addresses.iter().all(|(index, _)| *index != from));
+        let link = netlink.link("ipx0").await.unwrap().unwrap();
+        assert_eq!(link.index, to);
+    });
+}
