@@ -175,11 +175,11 @@ fn receive(device: &Tun, wanted: impl Fn(&[u8]) -> bool) -> anyhow::Result<Vec<u
             }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                ensure!(Instant::now() < deadline, "no packet on {}", device.name());
+                ensure!(Instant::now() < deadline, "no packet on the device");
                 let mut ready = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
                 poll(&mut ready, PollTimeout::from(100_u8))?;
             }
-            Err(error) => bail!("{}: {error}", device.name()),
+            Err(error) => bail!("read the device: {error}"),
         }
     }
 }
