@@ -559,6 +559,7 @@ fn a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing() -> anyhow::
 fn a_tunnel_moves_there_and_back_with_what_others_have_given_its_device() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let gate = &topology.gateway_a;
+    gate.exec("sysctl -qw net.ipv4.conf.all.rp_filter=1")?;
     let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
     let (gateway, _b) = start(&topology, a, b.respond())?;
     gate.ip("address add 169.254.77.1/30 dev site")?;

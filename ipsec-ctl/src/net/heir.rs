@@ -2,6 +2,8 @@
 //!
 //! Routes are replaced one by one, each in one step, so that there is no moment in which a packet finds none.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use futures_util::TryStreamExt;
 use netlink_packet_route::{
     AddressFamily,
@@ -13,7 +15,29 @@ use rtnetlink::LinkUnspec;
 
 use super::netlink::{Netlink, NetlinkError};
 
+/// An address that no host has (RFC 7600 section 4.8), for devices without any: whatever `rp_filter` is, the kernel takes packets only
+/// on a way back to their source where there is none.
+const STAND_IN: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
+
 impl Netlink {
+    /// Gives a link an address that stands in for its own.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`].
+    pub async fn add_stand_in(&self, index: u32) -> Result<(), NetlinkError> {
+        self.add_address(index, STAND_IN.into()).await
+    }
+
+    /// Takes the address of [`Self::add_stand_in`] away.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed; the others are done all the same.
+    pub async fn remove_stand_in(&self, index: u32) -> Result<(), NetlinkError> {
+        self.remove_addresses_that(index, is_stand_in).await
+    }
+
     /// Gives a link the addresses of another, and the bridge or VRF that it is in.
     ///
     /// # Errors
@@ -22,6 +46,9 @@ impl Netlink {
     pub async fn inherit_addresses(&self, from: u32, to: u32) -> Result<(), NetlinkError> {
         let mut first = self.inherit_controller(from, to).await;
         for mut message in self.addresses_of(from).await? {
+            if is_stand_in(&message) {
+                continue;
+            }
             message.header.index = to;
             // A label begins with the link's name, and the time that is left is said anew.
             message
@@ -66,14 +93,28 @@ impl Netlink {
         })
     }
 
-    /// Takes all addresses off a link.
+    /// Takes all addresses off a link but the one that stands in for them.
     ///
     /// # Errors
     ///
     /// The first step that failed; the others are done all the same.
     pub async fn remove_addresses(&self, index: u32) -> Result<(), NetlinkError> {
+        self.remove_addresses_that(index, |message| !is_stand_in(message))
+            .await
+    }
+
+    async fn remove_addresses_that(
+        &self,
+        index: u32,
+        chosen: impl Fn(&AddressMessage) -> bool,
+    ) -> Result<(), NetlinkError> {
         let mut first = Ok(());
-        for message in self.addresses_of(index).await? {
+        for message in self
+            .addresses_of(index)
+            .await?
+            .into_iter()
+            .filter(|message| chosen(message))
+        {
             let removed = self.handle.address().del(message).execute().await;
             first = first.and(removed.map_err(|error| {
                 NetlinkError::new(format!("take an address off link {index}"), &error)
@@ -140,6 +181,11 @@ impl Netlink {
         let set = self.handle.link().set(message).execute().await;
         set.map_err(|error| NetlinkError::new(format!("call link {index} {name}"), &error))
     }
+}
+
+fn is_stand_in(message: &AddressMessage) -> bool {
+    let local = AddressAttribute::Local(STAND_IN);
+    message.attributes.contains(&local)
 }
 
 /// The route with one link in the place of another, if it leads into that one.

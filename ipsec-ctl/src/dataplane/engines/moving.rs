@@ -115,7 +115,12 @@ impl Engines {
             lodge.expect_beside(id, Vec::new()).await;
             return Err(rejected);
         }
-        // The old device takes what comes in late, the new one what comes in early.
+        // The old device takes what comes in late, the new one what comes in early. What the kernel has decrypted it takes anyway.
+        if let Some((_, tun)) = self.xdp.device(id).await
+            && let Err(error) = self.netlink.add_stand_in(tun).await
+        {
+            tracing::warn!(%error, "packets on their way may be refused");
+        }
         take_from_any_way(&device);
         let one = Move {
             to,
@@ -286,6 +291,9 @@ impl Engines {
         ) {
             // Somebody may have routed into it since.
             self.xdp.lodge().hand_over_routes(id, from, to).await;
+        }
+        if let Some((_, tun)) = self.xdp.device(id).await {
+            let _ = self.netlink.remove_stand_in(tun).await;
         }
         if let Err(error) = self.remove_from(one.to.other(), id).await {
             tracing::warn!(%error, "a tunnel's old device stays behind");
