@@ -449,7 +449,7 @@ impl Inner {
     }
 
     async fn resume(&self, spec: &SaSpec, before: Before) -> Result<Ledger, Rejected> {
-        if !self.tables.has(spec) {
+        if !self.tables.goes_on(spec) {
             let resume =
                 |tables: &Tables, spec: &SaSpec| tables.resume(spec, before, monotonic_seconds());
             return self.install(spec, resume).await;

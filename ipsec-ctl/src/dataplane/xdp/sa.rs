@@ -193,6 +193,12 @@ impl SaCore {
         )
     }
 
+    /// Whoever was told of a limit may have forgotten it: the next packet reports it again.
+    pub(super) fn report_again(&self) {
+        self.soft_reported.store(false, Ordering::Relaxed);
+        self.hard_reported.store(false, Ordering::Relaxed);
+    }
+
     /// Reports a limit once; again with the next packet if the daemon's queue was full.
     fn report(&self, kind: LifetimeKind, events: &Events) {
         let reported = match kind {

@@ -433,11 +433,13 @@ impl Tables {
         sas
     }
 
-    /// Whether this very SA is installed: that id with those keys.
-    pub fn has(&self, spec: &SaSpec) -> bool {
+    /// Whether this very SA is installed: that id with those keys. If so it goes on for a daemon that comes after one that died,
+    /// perhaps with the report of a limit that it had not acted on: limits are reported again.
+    pub fn goes_on(&self, spec: &SaSpec) -> bool {
         let registry = self.registry();
         let core = registry.sas.get(&spec.id).map(Installed::core);
-        core.is_some_and(|core| core.words.tag() == Tag::of(spec))
+        let core = core.filter(|core| core.words.tag() == Tag::of(spec));
+        core.inspect(|core| core.report_again()).is_some()
     }
 
     /// SAs that were to be resumed have been: the others that an earlier process has left are not any more.

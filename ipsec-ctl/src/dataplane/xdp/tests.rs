@@ -493,6 +493,24 @@ fn an_sa_reports_its_soft_limit_once_and_stops_at_its_hard_limit() {
 }
 
 #[test]
+fn a_limit_that_a_daemon_died_of_hearing_is_reported_to_the_next_one() {
+    let mut a = Gateway::new(1, 2);
+    let outer = outer(1, 2, false, false);
+    let mut spec = Gateway::spec(Direction::Outbound, GCM, outer, false);
+    spec.lifetime.soft_packets = 2;
+    a.tables.install(&spec).unwrap();
+    let told = |a: &mut Gateway| {
+        for _ in 0..3 {
+            sent(a.seal(&mut frame(&ping()), Origin::Slow));
+        }
+        std::iter::from_fn(|| a.events.try_recv().ok()).count()
+    };
+    assert_eq!((told(&mut a), told(&mut a)), (1, 0));
+    assert!(a.tables.goes_on(&spec));
+    assert_eq!((told(&mut a), told(&mut a)), (1, 0));
+}
+
+#[test]
 fn no_sequence_number_is_used_past_the_last_one() {
     let (a, ..) = pair(GCM, false, false, false);
     let sa = a.tables.outbound_by_id(SaId(1)).unwrap();
