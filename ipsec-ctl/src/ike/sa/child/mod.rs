@@ -47,7 +47,7 @@ pub(in crate::ike) struct ChildSa {
 }
 
 /// Selectors of our side and of the peer's.
-type Sides<'a> = (&'a [TrafficSelector], &'a [TrafficSelector]);
+pub(in crate::ike::sa) type Sides<'a> = (&'a [TrafficSelector], &'a [TrafficSelector]);
 
 impl ChildSa {
     /// Whether it is in force for exactly this child and traffic.

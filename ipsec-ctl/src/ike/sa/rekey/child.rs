@@ -16,7 +16,7 @@ use crate::ike::{
     message::payload::{Notify, NotifyType},
     sa::{
         Exchange, FollowUp, IkeSa, Task,
-        child::{Agreed, ChildJob, ChildSa, Part, PendingChild},
+        child::{Agreed, ChildJob, ChildSa, Part, PendingChild, Sides},
     },
     time::Time,
 };
@@ -300,8 +300,8 @@ impl IkeSa {
     ) {
         let child = pending.child;
         let Some(replaces) = &pending.replaces else {
-            if let Some(twin) = self.twin_of_peer(child, agreed) {
-                let how = (Origin::Lost, Some(twin));
+            if let Some(twin) = self.twin(false, child, agreed.sides()) {
+                let how = (Origin::Lost, Some((twin.id, twin.line)));
                 let new = self.install(shared, now, child, agreed, keys, how);
                 return new
                     .into_iter()
@@ -329,14 +329,16 @@ impl IkeSa {
         }
     }
 
-    /// What the peer has made for the same child and traffic while we asked for it: both sides have missed it at once.
+    /// What is in force for the same child and traffic as a pair that was made from scratch, asked for by the side that it was
+    /// not: both have missed it at once. Only where ours is the one that goes.
     // RFC 7296 section 2.8 allows several pairs for the same traffic, and knows no rule for those that nobody wants. Both
     // sides know who has begun the IKE SA; what that side has asked for stays, and the other side deletes its own.
-    fn twin_of_peer(&self, child: ChildName, agreed: &Agreed) -> Option<Replaced> {
-        let mut children = self.children.iter().filter(|_| !self.initiator);
-        children
-            .find(|other| !other.asked && other.is_for(child, agreed.sides()))
-            .map(|twin| (twin.id, twin.line))
+    fn twin(&self, asked: bool, child: ChildName, sides: Sides<'_>) -> Option<&ChildSa> {
+        if self.initiator {
+            return None;
+        }
+        let mut children = self.children.iter();
+        children.find(|other| other.asked == asked && other.is_for(child, sides))
     }
 
     /// What we have asked for goes if the peer has asked for the same from scratch, and has begun the IKE SA.
@@ -345,13 +347,9 @@ impl IkeSa {
         shared: &mut Shared,
         new: Option<ChildSaId>,
     ) {
-        let fresh = |child: &&ChildSa| Some(child.id) == new && child.id == child.line;
-        let Some(new) = self.children.iter().find(fresh).filter(|_| !self.initiator) else {
-            return;
-        };
         let mut children = self.children.iter();
-        let ours = children
-            .find(|other| other.asked && other.is_for(new.child, (&new.local, &new.remote)));
+        let new = children.find(|child| Some(child.id) == new && child.id == child.line);
+        let ours = new.and_then(|new| self.twin(true, new.child, (&new.local, &new.remote)));
         if let Some(ours) = ours.map(|ours| ours.id) {
             self.delete_replaced(shared, ours);
         }
