@@ -113,11 +113,16 @@ struct Place<'a> {
     bit: u64,
 }
 
+/// Index of the word in which a sequence number is marked.
+pub fn word(sequence: u64) -> usize {
+    (sequence / BLOCK % WORDS) as usize
+}
+
 impl<'a> Place<'a> {
     fn of(words: &'a SaWords, sequence: u64) -> Self {
         let block = sequence / BLOCK;
         Self {
-            word: &words.replay[(block % WORDS) as usize],
+            word: &words.replay[word(sequence)],
             tag: (block / WORDS) & 0xffff,
             bit: 1 << (sequence % BLOCK),
         }

@@ -84,13 +84,16 @@ enum Cipher {
         key: Box<aead::LessSafeKey>,
         salt: [u8; SALT],
     },
-    Cbc {
-        aes: Box<Aes>,
-        /// Makes IVs that nobody can predict.
-        iv: Box<Aes128>,
-        mac: hmac::Key,
-        icv: usize,
-    },
+    /// Boxed, for it is far longer than the other, which most SAs use: what all packets need should be close together.
+    Cbc(Box<Cbc>),
+}
+
+struct Cbc {
+    aes: Aes,
+    /// Makes IVs that nobody can predict.
+    iv: Aes128,
+    mac: hmac::Key,
+    icv: usize,
 }
 
 /// Algorithms and keys of one SA in one direction.
@@ -122,14 +125,14 @@ impl EspTransform {
     pub fn header_bytes(&self) -> usize {
         match self.cipher {
             Cipher::Aead { .. } => ESP_HEADER + AEAD_IV,
-            Cipher::Cbc { .. } => ESP_HEADER + BLOCK,
+            Cipher::Cbc(_) => ESP_HEADER + BLOCK,
         }
     }
 
     fn icv_bytes(&self) -> usize {
-        match self.cipher {
+        match &self.cipher {
             Cipher::Aead { .. } => TAG,
-            Cipher::Cbc { icv, .. } => icv,
+            Cipher::Cbc(cbc) => cbc.icv,
         }
     }
 
@@ -138,7 +141,7 @@ impl EspTransform {
     fn alignment(&self) -> usize {
         match self.cipher {
             Cipher::Aead { .. } => 4,
-            Cipher::Cbc { .. } => BLOCK,
+            Cipher::Cbc(_) => BLOCK,
         }
     }
 
@@ -161,10 +164,10 @@ impl EspTransform {
     }
 
     /// Addresses of the expanded keys, for fetching them into the cache ahead of use.
-    pub fn key_addresses(&self) -> [Range<usize>; 2] {
+    pub fn key_addresses(&self) -> Range<usize> {
         match &self.cipher {
-            Cipher::Aead { key, .. } => [addresses(&**key), 0..0],
-            Cipher::Cbc { aes, iv, .. } => [addresses(&**aes), addresses(&**iv)],
+            Cipher::Aead { key, .. } => addresses(&**key),
+            Cipher::Cbc(cbc) => addresses(&**cbc),
         }
     }
 
@@ -209,21 +212,16 @@ impl EspTransform {
                     .map_err(|_| SealError::Cipher)?;
                 icv.copy_from_slice(tag.as_ref());
             }
-            Cipher::Cbc {
-                aes,
-                iv: maker,
-                mac,
-                ..
-            } => {
+            Cipher::Cbc(cbc) => {
                 let mut block = Block::default();
                 block
                     .iter_mut()
                     .zip(sequence.to_be_bytes())
                     .for_each(|(to, from)| *to = from);
-                maker.encrypt_block(&mut block);
+                cbc.iv.encrypt_block(&mut block);
                 iv.copy_from_slice(&block);
-                aes.encrypt(&block, text).ok_or(SealError::Cipher)?;
-                let sum = sum(mac, &[header, text], &associated);
+                cbc.aes.encrypt(&block, text).ok_or(SealError::Cipher)?;
+                let sum = sum(&cbc.mac, &[header, text], &associated);
                 icv.copy_from_slice(sum.as_ref().get(..icv.len()).ok_or(SealError::Cipher)?);
             }
         }
@@ -266,16 +264,16 @@ impl EspTransform {
                 )
                 .map_err(|_| OpenError::BadIcv)?;
             }
-            Cipher::Cbc { aes, mac, .. } => {
+            Cipher::Cbc(cbc) => {
                 let (text, icv) = rest.split_at_mut(length);
-                let sum = sum(mac, &[header, text], &associated);
+                let sum = sum(&cbc.mac, &[header, text], &associated);
                 let expected = sum.as_ref().get(..icv.len()).ok_or(OpenError::BadIcv)?;
                 if !bool::from(expected.ct_eq(icv)) {
                     return Err(OpenError::BadIcv);
                 }
                 let iv = header.get(ESP_HEADER..).ok_or(OpenError::Malformed)?;
                 let iv = Block::try_from(iv).map_err(|_| OpenError::Malformed)?;
-                aes.decrypt(&iv, text).ok_or(OpenError::Malformed)?;
+                cbc.aes.decrypt(&iv, text).ok_or(OpenError::Malformed)?;
             }
         }
         let (payload, next_header) =
@@ -417,12 +415,12 @@ fn cbc_cipher(key_bytes: u8, integrity: Integrity, keys: &EspKeys) -> Result<Cip
     // RFC 3602 section 3: the IV must not be predictable; a counter under a key that nobody knows is not.
     let mut iv = [0; 16];
     SystemRandom::new().fill(&mut iv).map_err(|_| BadKeys)?;
-    Ok(Cipher::Cbc {
-        aes: Box::new(aes),
-        iv: Box::new(Aes128::new(&iv.into())),
+    Ok(Cipher::Cbc(Box::new(Cbc {
+        aes,
+        iv: Aes128::new(&iv.into()),
         mac: hmac::Key::new(algorithm, &keys.integrity),
         icv: hash / 2,
-    })
+    })))
 }
 
 impl Aes {

@@ -201,17 +201,14 @@ impl<S: SlowExit> Gateway<S> {
             .inbound
             .process(frame, esp, &arrival, Origin::Fast, self.now);
         match verdict {
-            Inbound::Deliver {
-                packet,
-                inner,
-                tunnel,
-            } => {
-                let key = inner_key(&inner, &tunnel);
+            Inbound::Deliver { packet, inner, sa } => {
+                let tunnel = &sa.tunnel;
+                let key = inner_key(&inner, tunnel);
                 self.inbound.renew(slot, self.now, |places| {
                     self.shared.tables.note_inbound_places(slot, places);
                     self.next_hops.note_places(&key, places);
                 });
-                self.deliver(&key, frame, packet, &inner, &tunnel)
+                self.deliver(&key, frame, packet, &inner, tunnel)
             }
             Inbound::Dummy | Inbound::Elsewhere => Ok(Verdict::Done),
             Inbound::Drop(reason) => Err(reason),

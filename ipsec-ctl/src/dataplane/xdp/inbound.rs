@@ -15,7 +15,7 @@ use super::{
     inner::{Inner, clamp_mss, decapsulate_ecn, set_ecn},
     sa::{InboundSa, Origin},
     selectors::Match,
-    table::{Tables, Tunnel},
+    table::Tables,
 };
 use crate::{dataplane::seam::Event, esp::OpenError};
 
@@ -47,8 +47,8 @@ pub enum Inbound {
         /// What it is. Its TTL is still as it arrived: who routes it decrements it, and the kernel does so itself with
         /// what a TUN device received.
         inner: Inner,
-        /// The tunnel that it came out of.
-        tunnel: Arc<Tunnel>,
+        /// The SA that it came through, out of its tunnel.
+        sa: Arc<InboundSa>,
     },
     /// A dummy packet, which ends here without being an error.
     Dummy,
@@ -100,11 +100,7 @@ impl InboundPipeline {
             return Inbound::Drop(Reason::UnknownSpi);
         };
         match self.open(&sa, sequence, frame, esp, arrival, origin, now) {
-            Ok(Some((packet, inner))) => Inbound::Deliver {
-                packet,
-                inner,
-                tunnel: Arc::clone(&sa.tunnel),
-            },
+            Ok(Some((packet, inner))) => Inbound::Deliver { packet, inner, sa },
             Ok(None) => Inbound::Dummy,
             Err(reason) => {
                 let words = &sa.core.words;
@@ -168,7 +164,7 @@ impl InboundPipeline {
         }
         let ecn = decapsulate_ecn(inner.tos, arrival.tos).ok_or(Reason::EcnInvalid)?;
         set_ecn(bytes, &mut inner, ecn);
-        if sa.tunnel.settings.load().clamp_mss {
+        if sa.tunnel.clamps_mss() {
             clamp_mss(bytes, &inner, sa.tunnel.mtu());
         }
         core.account(origin, inner.bytes, now, &self.events);

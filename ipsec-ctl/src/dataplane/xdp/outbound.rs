@@ -157,7 +157,7 @@ impl OutboundPipeline {
         if origin == Origin::Fast && !decrement_ttl(bytes, &packet) {
             return Outbound::Drop(Reason::TtlExpired);
         }
-        if settings.clamp_mss {
+        if tunnel.clamps_mss() {
             clamp_mss(bytes, &packet, tunnel.mtu());
         }
         let payload = inner.start..inner.start + packet.bytes;

@@ -9,24 +9,55 @@ use std::{ops::Range, sync::Arc};
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Ranges of memory remembered of one SA or tunnel.
-const MOST_RANGES: usize = 23;
+const MOST_RANGES: usize = 20;
+/// Low bits of a range that tell how many lines follow its first one.
+const COUNT_BITS: u32 = 6;
+/// Bytes of a range: 48 bits, which take every address that a program has, without its low 6 bits, and the count.
+const RANGE_BYTES: usize = 6;
 /// The reference counts in front of what an [`Arc`] holds.
 const COUNTS: usize = 2 * size_of::<usize>();
 
-/// Where the memory is that the packets of one SA or tunnel need.
+/// Where the memory is that the packets of one SA or tunnel need. It takes two lines itself.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 pub struct Places {
     /// One more than the second in which they were noted; 0 is never.
-    noted: u64,
-    /// Address of the first line, and in the low bits how many lines follow it. 0 ends the list.
-    ranges: [usize; MOST_RANGES],
+    noted: u32,
+    ranges: [Range48; MOST_RANGES],
+}
+
+/// The number of a first line, and in the low bits how many lines follow it. 0 is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Range48([u8; RANGE_BYTES]);
+
+impl Range48 {
+    const NONE: Self = Self([0; RANGE_BYTES]);
+
+    fn new(first: usize, further: usize) -> Self {
+        let most = (1 << COUNT_BITS) - 1;
+        let word = (first / LINE) << COUNT_BITS | further.min(most);
+        let mut bytes = [0; RANGE_BYTES];
+        for (to, from) in bytes.iter_mut().zip(word.to_le_bytes()) {
+            *to = from;
+        }
+        Self(bytes)
+    }
+
+    /// Addresses of the lines.
+    fn lines(self) -> impl Iterator<Item = usize> {
+        let [a, b, c, d, e, f] = self.0;
+        let word = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
+        // Where addresses are shorter, so were those that it is made of.
+        let word = usize::try_from(word).unwrap_or_default();
+        let (line, further) = (word >> COUNT_BITS, word % (1 << COUNT_BITS));
+        (line..=line + further).map(|line| line * LINE)
+    }
 }
 
 impl Places {
     const NONE: Self = Self {
         noted: 0,
-        ranges: [0; MOST_RANGES],
+        ranges: [Range48::NONE; MOST_RANGES],
     };
 
     /// Adds a value. What is too much is left out.
@@ -43,21 +74,28 @@ impl Places {
 
     /// Adds what lies at these addresses.
     pub fn add_addresses(&mut self, addresses: Range<usize>) {
-        if let Some(free) = self.ranges.iter_mut().find(|range| **range == 0)
+        let mut ranges = self.ranges.iter_mut();
+        if let Some(free) = ranges.find(|range| **range == Range48::NONE)
             && !addresses.is_empty()
         {
-            let first = addresses.start & !(LINE - 1);
-            let further = (addresses.end - 1 - first) / LINE;
-            *free = first | further.min(LINE - 1);
+            let further = (addresses.end - 1) / LINE - addresses.start / LINE;
+            *free = Range48::new(addresses.start, further);
         }
     }
 
+    /// Lines that are fetched.
+    #[cfg(test)]
+    pub fn lines(&self) -> usize {
+        let ranges = self.ranges.iter().filter(|range| **range != Range48::NONE);
+        ranges.map(|range| range.lines().count()).sum()
+    }
+
     fn fetch(&self) {
-        for range in self.ranges.iter().take_while(|range| **range != 0) {
-            let first = range & !(LINE - 1);
-            for line in 0..=range % LINE {
-                fetch_line(first + line * LINE);
+        for range in self.ranges {
+            if range == Range48::NONE {
+                break;
             }
+            range.lines().for_each(fetch_line);
         }
     }
 }
@@ -89,9 +127,10 @@ impl Hints {
     pub fn renew(&mut self, number: u32, now: u64, note: impl FnOnce(&mut Places)) {
         let index = number as usize % self.0.len();
         let places = &mut self.0[index];
-        if places.noted != now + 1 {
+        let noted = u32::try_from(now + 1).unwrap_or(u32::MAX);
+        if places.noted != noted {
             *places = Places {
-                noted: now + 1,
+                noted,
                 ..Places::NONE
             };
             note(places);
@@ -123,16 +162,11 @@ fn fetch_line(address: usize) {
 #[cfg(not(target_arch = "x86_64"))]
 fn fetch_line(_: usize) {}
 
-const _: () = assert!(size_of::<Places>() == 3 * LINE);
+const _: () = assert!(size_of::<Places>() == 2 * LINE);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn lines(places: &Places) -> usize {
-        let ranges = places.ranges.iter().filter(|range| **range != 0);
-        ranges.map(|range| range % LINE + 1).sum()
-    }
 
     #[test]
     fn every_line_that_a_value_touches_is_fetched() {
@@ -142,7 +176,7 @@ mod tests {
         let count = |range: std::ops::Range<usize>| {
             let mut places = Places::NONE;
             places.add(&value.0[range]);
-            lines(&places)
+            places.lines()
         };
         assert_eq!(count(0..0), 0);
         assert_eq!(count(0..64), 1);
@@ -153,7 +187,7 @@ mod tests {
             places.add(&value);
         }
         places.fetch();
-        assert_eq!(lines(&places), 4 * MOST_RANGES, "more is left out");
+        assert_eq!(places.lines(), 4 * MOST_RANGES, "more is left out");
     }
 
     #[test]

@@ -92,9 +92,7 @@ impl SaCore {
     /// Where the memory is that every packet of the SA needs.
     pub fn note_places(self: &Arc<Self>, places: &mut Places) {
         places.add_shared(self);
-        for keys in self.transform.key_addresses() {
-            places.add_addresses(keys);
-        }
+        places.add_addresses(self.transform.key_addresses());
         self.words.note_places(places);
         self.selectors.note_places(places);
     }
@@ -250,8 +248,8 @@ impl InboundSa {
     pub fn note_places(self: &Arc<Self>, places: &mut Places) {
         places.add_shared(self);
         self.core.note_places(places);
+        self.core.words.note_window(places);
         places.add_shared(&self.tunnel);
-        places.add_shared(&self.tunnel.settings.load());
     }
 
     /// An inbound SA of `tunnel`.

@@ -47,6 +47,9 @@ pub struct Tunnel {
     whole: AtomicU16,
     /// Whether only a tunnel of ours leads to its peer.
     recursive: AtomicBool,
+    /// Whether the MSS of TCP SYNs is clamped. It is here and not in the settings, so that a packet that comes in need not look
+    /// at those.
+    clamp_mss: AtomicBool,
 }
 
 impl Tunnel {
@@ -85,6 +88,11 @@ impl Tunnel {
         }
     }
 
+    /// Whether the MSS of TCP SYNs is clamped.
+    pub fn clamps_mss(&self) -> bool {
+        self.clamp_mss.load(Ordering::Relaxed)
+    }
+
     /// Whether only a tunnel of ours leads to its peer: then nothing is sent.
     pub fn is_recursive(&self) -> bool {
         self.recursive.load(Ordering::Relaxed)
@@ -101,8 +109,6 @@ impl Tunnel {
 pub struct Settings {
     /// Name in logs.
     pub name: String,
-    /// Clamps the MSS of TCP SYNs.
-    pub clamp_mss: bool,
     /// Fixed device MTU.
     pub fixed_mtu: Option<u16>,
     df: Df,
@@ -385,8 +391,10 @@ impl Tables {
                 mtu: AtomicU16::new(mtu),
                 whole: AtomicU16::new(u16::MAX),
                 recursive: AtomicBool::new(false),
+                clamp_mss: AtomicBool::new(true),
             }),
         };
+        tunnel.clamp_mss.store(spec.clamp_mss, Ordering::Relaxed);
         self.change_tunnels(|tunnels| {
             if let Some(old) = tunnels.by_id.insert(spec.id, Arc::clone(&tunnel)) {
                 tunnels.by_device.remove(&old.ifindex);
@@ -678,7 +686,6 @@ fn settings(spec: &TunnelSpec, old: Option<&Settings>) -> Settings {
     };
     Settings {
         name: spec.name.clone(),
-        clamp_mss: spec.clamp_mss,
         fixed_mtu: spec.mtu,
         df: spec.df,
         copy_dscp: spec.copy_dscp,

@@ -13,6 +13,7 @@ use super::{
     inbound::{Arrival, Inbound, InboundPipeline},
     inner::{Inner, internet_checksum},
     outbound::{HEADROOM, Outbound, OutboundPipeline, TAILROOM},
+    prefetch::{Hints, Places},
     sa::Origin,
     table::{Tables, Tunnel},
     words::WordsArray,
@@ -678,4 +679,23 @@ proptest::proptest! {
         let end = arrived.len();
         b.open(&mut arrived, 0..end, &outer);
     }
+}
+
+// Where many SAs are in use, their memory does not fit into the second level cache: each line that a packet needs of its SA
+// costs time then.
+#[test]
+fn a_packet_needs_few_lines_of_memory_of_its_sa() {
+    let (a, b, _) = pair(GCM, false, false, false);
+    let lines = |note: &dyn Fn(&mut Places)| {
+        let mut lines = 0;
+        Hints::new(1).renew(0, 0, |places| {
+            note(places);
+            lines = places.lines();
+        });
+        lines
+    };
+    let outbound = lines(&|places| a.tables.note_outbound_places(a.tunnel.ifindex, places));
+    let slot = b.tables.cores()[0].words.slot();
+    let inbound = lines(&|places| b.tables.note_inbound_places(slot, places));
+    assert!(outbound <= 35 && inbound <= 28, "{outbound} {inbound}");
 }

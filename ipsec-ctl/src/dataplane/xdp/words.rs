@@ -19,12 +19,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
-use ipsec_common::SaWords;
+use ipsec_common::{SaWords, replay};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use ring::digest;
 
 use super::{prefetch::Places, slow::monotonic_seconds};
 use crate::dataplane::seam::{Direction, SaSpec};
+
+/// Words of the replay window in a line of the cache.
+const WINDOW_WORDS: usize = 8;
 
 /// What an SA is known by whoever carries it: a digest of its keys, SPI and direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -238,11 +241,14 @@ impl WordsArray {
     }
 
     fn reference(self: &Arc<Self>, slot: u32, tag: Tag) -> WordsRef {
-        WordsRef(Arc::new(Slot {
-            array: Arc::clone(self),
-            slot,
-            tag,
-        }))
+        WordsRef {
+            words: self.words(slot).into(),
+            slot: Arc::new(Slot {
+                array: Arc::clone(self),
+                slot,
+                tag,
+            }),
+        }
     }
 
     fn given(&self) -> MutexGuard<'_, Slots> {
@@ -275,7 +281,16 @@ impl Drop for WordsArray {
 
 /// One slot, freed when the last handle goes. An SA that XDP knows must leave XDP's tables before that.
 #[derive(Clone)]
-pub struct WordsRef(Arc<Slot>);
+pub struct WordsRef {
+    slot: Arc<Slot>,
+    /// The words of the slot: a packet needs nothing else of it.
+    words: NonNull<SaWords>,
+}
+
+// SAFETY: `SaWords` consists of atomics only, and `slot` keeps the mapping that they are in.
+unsafe impl Send for WordsRef {}
+// SAFETY: as above.
+unsafe impl Sync for WordsRef {}
 
 struct Slot {
     array: Arc<WordsArray>,
@@ -286,19 +301,25 @@ struct Slot {
 impl WordsRef {
     /// Index of the slot in the array.
     pub fn slot(&self) -> u32 {
-        self.0.slot
+        self.slot.slot
     }
 
     /// Where the memory is that every packet of the SA needs.
     pub fn note_places(&self, places: &mut Places) {
-        places.add_shared(&self.0);
-        let start = std::ptr::from_ref(&**self).addr();
+        let start = self.words.addr().get();
         places.add_addresses(start..start + offset_of!(SaWords, replay));
+    }
+
+    /// Where the word of the replay window is that the next packets of the SA need, and the one after.
+    pub fn note_window(&self, places: &mut Places) {
+        let word = replay::word(self.sequence.load(Ordering::Relaxed));
+        let window = self.replay.get(word..).unwrap_or_default();
+        places.add(window.get(..WINDOW_WORDS).unwrap_or(window));
     }
 
     /// Whose words these are.
     pub fn tag(&self) -> Tag {
-        self.0.tag
+        self.slot.tag
     }
 
     /// The SA has ended: nobody goes on with it. What ends with the process instead keeps its tag.
@@ -332,13 +353,14 @@ impl Deref for WordsRef {
     type Target = SaWords;
 
     fn deref(&self) -> &SaWords {
-        self.0.array.words(self.0.slot)
+        // SAFETY: `slot` keeps the mapping, in which they are valid as `WordsArray::words` tells.
+        unsafe { self.words.as_ref() }
     }
 }
 
 impl fmt::Debug for WordsRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("WordsRef").field(&self.0.slot).finish()
+        f.debug_tuple("WordsRef").field(&self.slot()).finish()
     }
 }
 

@@ -361,9 +361,9 @@ impl SlowPath {
 
     fn open(&self, frame: &mut [u8], esp: Range<usize>, arrival: &Arrival, now: u64) {
         match self.inbound.process(frame, esp, arrival, Origin::Slow, now) {
-            Inbound::Deliver { packet, tunnel, .. } => {
+            Inbound::Deliver { packet, sa, .. } => {
                 let packet = frame.get(packet).unwrap_or_default();
-                if self.devices.write(tunnel.id, packet).is_err() {
+                if self.devices.write(sa.tunnel.id, packet).is_err() {
                     self.counters.count(Reason::SendFailed);
                 }
             }
