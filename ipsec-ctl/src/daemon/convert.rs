@@ -136,17 +136,25 @@ fn prefixes((first, last): (IpAddr, IpAddr)) -> Vec<IpNet> {
     }
 }
 
-/// Limits by volume of the SAs of a child: soft at nine tenths, so that the replacement is there in time.
-pub(super) fn volume(packets: Option<u64>, bytes: Option<u64>, esn: bool) -> Lifetime {
+/// Limits by volume of the SAs of a child: soft early enough for the replacement to be there in time. That is at nine tenths, or
+/// earlier where the pair before `lasted` so short that the last tenth of a volume goes in less time than a request that
+/// has to be repeated takes; at a half at the earliest.
+fn volume(
+    (packets, bytes): (Option<u64>, Option<u64>),
+    esn: bool,
+    lasted: Option<Duration>,
+) -> Lifetime {
     // RFC 4303 section 3.3.3: without ESN an SA must not send more than 2^32 packets.
     let sequence = if esn { u64::MAX } else { u64::from(u32::MAX) };
     let hard_packets = packets.unwrap_or(u64::MAX).min(sequence);
     let hard_bytes = bytes.unwrap_or(u64::MAX);
-    let soft = |hard: u64| {
-        if hard == u64::MAX {
-            hard
-        } else {
-            hard - hard / 10
+    let soft = |hard: u64| match lasted {
+        _ if hard == u64::MAX => hard,
+        None => hard - hard / 10,
+        Some(lasted) => {
+            let meanwhile = u128::from(hard) * REPETITIONS.as_millis() / lasted.as_millis().max(1);
+            let meanwhile = u64::try_from(meanwhile).unwrap_or(u64::MAX);
+            hard - meanwhile.clamp(hard / 10, hard / 2)
         }
     };
     Lifetime {
@@ -240,17 +248,21 @@ pub(super) fn packet(flow: &Flow) -> (TrafficSelector, TrafficSelector) {
     )
 }
 
+/// Time within which a request has been repeated some times.
+const REPETITIONS: Duration = Duration::from_secs(5);
+
 /// Time that the data plane gives an SA beyond its lifetime, within which a daemon that lives has removed it.
 const OVERTIME: Duration = Duration::from_secs(10);
 
-/// What the data plane is told of one direction of a pair of SAs that was negotiated at `since` (seconds of CLOCK_MONOTONIC).
+/// What the data plane is told of one direction of a pair of SAs that was negotiated at `since` (seconds of CLOCK_MONOTONIC), in
+/// the place of one that `lasted` so long.
 pub(super) fn sa_spec(
     tunnel: TunnelId,
     child: &Child,
     up: &ChildUp,
     id: SaId,
     direction: Direction,
-    since: u64,
+    (since, lasted): (u64, Option<Duration>),
 ) -> SaSpec {
     let esn = up.suite.esn == Esn::Yes;
     let (spi, key) = match direction {
@@ -277,7 +289,7 @@ pub(super) fn sa_spec(
         },
         lifetime: Lifetime {
             expires: Some(since.saturating_add((child.lifetime + OVERTIME).as_secs())),
-            ..volume(child.lifetime_packets, child.lifetime_bytes, esn)
+            ..volume((child.lifetime_packets, child.lifetime_bytes), esn, lasted)
         },
     }
 }
@@ -321,5 +333,40 @@ pub(super) fn nat_words(info: &IkeInfo) -> &'static str {
         (true, false) => "here",
         (false, true) => "at the peer",
         (true, true) => "on both sides",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_faster_an_sa_is_used_up_the_earlier_its_replacement_begins() {
+        let soft = |lasted: Option<u64>| {
+            let limits = volume(
+                (Some(10_000), Some(1 << 40)),
+                true,
+                lasted.map(Duration::from_secs),
+            );
+            assert_eq!((limits.hard_packets, limits.hard_bytes), (10_000, 1 << 40));
+            limits.soft_packets
+        };
+        assert_eq!(soft(None), 9_000);
+        assert_eq!(soft(Some(3600)), 9_000);
+        assert_eq!(soft(Some(25)), 8_000, "five of 25 seconds");
+        assert_eq!(soft(Some(1)), 5_000);
+        assert_eq!(soft(Some(0)), 5_000);
+    }
+
+    #[test]
+    fn what_has_no_limit_gets_none() {
+        let limits = volume((None, None), true, Some(Duration::ZERO));
+        assert_eq!(
+            (limits.soft_packets, limits.soft_bytes),
+            (u64::MAX, u64::MAX)
+        );
+        let limits = volume((None, None), false, None);
+        assert_eq!(limits.hard_packets, u64::from(u32::MAX));
+        assert!(limits.soft_packets < limits.hard_packets);
     }
 }

@@ -168,10 +168,14 @@ impl Gateway {
             return;
         };
         let since = self.monotonic(up.since);
+        let pairs = self.tunnels.get(id).map(|tunnel| &tunnel.pairs);
+        let replaced = up.replaces.and_then(|old| pairs?.get(&old));
+        let lasted = replaced.map(|old| up.since - old.since);
         let [ours, theirs] = [
-            convert::sa_spec(id, &config, &up, inbound, Direction::Inbound, since),
-            convert::sa_spec(id, &config, &up, outbound, Direction::Outbound, since),
-        ];
+            (inbound, Direction::Inbound),
+            (outbound, Direction::Outbound),
+        ]
+        .map(|(sa, direction)| convert::sa_spec(id, &config, &up, sa, direction, (since, lasted)));
         let (tunnel, child) = (self.name_of(up.peer), config.name.clone());
         self.install((up.sa, since), ours.clone(), &tunnel, &child)
             .await;
