@@ -14,6 +14,14 @@ use anyhow::{Context, bail, ensure};
 
 /// Longest that a program may take.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// Names how many times slower than others this machine is, which is set where instructions are interpreted.
+const SLOWER: &str = "IPSEC_TESTS_SLOWER";
+
+/// How many times longer than elsewhere things may take here.
+pub fn slower() -> u32 {
+    let told = std::env::var(SLOWER).ok();
+    told.and_then(|times| times.parse().ok()).unwrap_or(1)
+}
 
 /// Runs a program and returns what it printed.
 ///
@@ -56,7 +64,8 @@ pub fn output(command: &mut Command) -> anyhow::Result<Output> {
         .stderr(stderr.try_clone()?)
         .spawn()
         .with_context(|| format!("{command:?} cannot be started"))?;
-    let end = Instant::now() + PATIENCE;
+    let patience = PATIENCE * slower();
+    let end = Instant::now() + patience;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -64,7 +73,7 @@ pub fn output(command: &mut Command) -> anyhow::Result<Output> {
         if Instant::now() > end {
             child.kill()?;
             child.wait()?;
-            bail!("{command:?} did not end within {PATIENCE:?}");
+            bail!("{command:?} did not end within {patience:?}");
         }
         thread::sleep(Duration::from_millis(2));
     };
@@ -112,6 +121,7 @@ pub fn wait_for<T>(
     patience: Duration,
     mut attempt: impl FnMut() -> anyhow::Result<Option<T>>,
 ) -> anyhow::Result<T> {
+    let patience = patience * slower();
     let end = Instant::now() + patience;
     loop {
         let last = match attempt() {

@@ -6,7 +6,7 @@ use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::{
-    command::{find, run},
+    command::{find, run, slower},
     netdevsim, netns,
     watchdog::watched,
 };
@@ -33,6 +33,8 @@ pub enum Need {
     KernelEsp,
     /// The same, with xfrm interfaces: the guest's if it was built.
     XfrmInterfaces,
+    /// A processor that packet rates can be asked of, not one whose instructions are interpreted.
+    Pace,
     /// Simulated network cards: the guest's if it was built.
     Netdevsim,
 }
@@ -51,6 +53,7 @@ impl Need {
                 Some("network namespaces need root".to_owned())
             }
             Self::Namespaces => absent(&["ip", "ethtool"], "iproute2 ethtool"),
+            Self::Pace => (slower() > 1).then(|| "this machine is too slow for it".to_owned()),
             Self::Nftables => absent(&["nft"], "nftables"),
             Self::KernelEsp => {
                 let xfrm = Xfrm::open().map_err(|error| error.to_string());
@@ -166,7 +169,8 @@ fn trial(case: Case, full: bool) -> Trial {
 }
 
 fn attempt(case: Case) -> anyhow::Result<()> {
-    watched(case.name, LIMITS[usize::from(case.long)], case.body)
+    let limit = LIMITS[usize::from(case.long)] * slower();
+    watched(case.name, limit, case.body)
 }
 
 /// Tries a test again that has failed: real peers and a real kernel share two processors with whatever else the machine

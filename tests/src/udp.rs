@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, anyhow, ensure};
 use socket2::SockRef;
 
-use crate::{capture::CANARY, netns::Netns};
+use crate::{capture::CANARY, command::slower, netns::Netns};
 
 /// Most packets of one flow: each has a bit in memory.
 const LONGEST: u64 = 100_000_000;
@@ -24,7 +24,7 @@ const LONGEST: u64 = 100_000_000;
 pub struct Flow {
     /// Where it goes.
     pub to: IpAddr,
-    /// Packets a second; `None` for as many as possible.
+    /// Packets a second, fewer on a machine that is [`slower`]; `None` for as many as possible.
     pub rate: Option<u32>,
     /// How long.
     pub time: Duration,
@@ -243,9 +243,11 @@ fn send(socket: &UdpSocket, flow: Flow, cut: &AtomicBool) -> (u64, u64) {
     packet.resize(flow.size(), b'.');
     let start = Instant::now();
     let (mut sent, mut refused) = (0, 0);
+    let slower = u64::from(slower());
     let due = |elapsed: Duration| match flow.rate {
         Some(rate) => {
-            u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX) * u64::from(rate) / 1_000_000
+            let passed = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
+            passed * u64::from(rate) / (1_000_000 * slower)
         }
         None => u64::MAX,
     };

@@ -24,7 +24,7 @@ use ipsec_tests::{
     ping::Ping,
     suite::{
         self,
-        Need::{Nftables, StrongSwan},
+        Need::{Nftables, Pace, StrongSwan},
         skipped,
     },
     tcp,
@@ -38,17 +38,17 @@ use nix::{
 
 fn main() -> ExitCode {
     suite::main(&cases![
-        [] bulk_traffic_takes_the_fast_path,
+        [Pace] bulk_traffic_takes_the_fast_path,
         [] nothing_is_lost_at_a_moderate_rate_for_ten_seconds,
         [] long nothing_is_lost_at_a_moderate_rate_for_a_minute,
-        [StrongSwan] the_beds_of_the_benchmarks_carry_packets,
+        [StrongSwan, Pace] the_beds_of_the_benchmarks_carry_packets,
         [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
-        [] what_comes_while_a_worker_cannot_keep_up_is_counted,
+        [Pace] what_comes_while_a_worker_cannot_keep_up_is_counted,
         [] a_host_that_is_replaced_is_found_again,
         [] an_interface_whose_queue_was_taken_is_tried_again,
         [] where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets,
-        [] a_large_transfer_arrives_whole_in_every_combination_of_families,
+        [Pace] a_large_transfer_arrives_whole_in_every_combination_of_families,
     ])
 }
 

@@ -4,7 +4,10 @@ use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use anyhow::Context;
 
-use crate::setup::{need_root, step, toolchain::tools};
+use crate::{
+    setup::{need_root, step, toolchain::tools},
+    vm,
+};
 
 /// All namespaces and instances of tests and demos are named so.
 const PREFIX: &str = "ipx-";
@@ -37,6 +40,7 @@ pub(crate) fn run(with_tools: bool) -> anyhow::Result<()> {
         eprintln!("removing {}", folder.display());
         fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
     }
+    vm::sweep();
     if with_tools && tools().exists() {
         eprintln!("removing {}", tools().display());
         fs::remove_dir_all(tools()).context("remove the build tools")?;

@@ -69,12 +69,12 @@ const PACKAGES: &[Package] = &[
         "its ChaCha20-Poly1305 and Curve25519",
     ),
     test("kmod", "the modules of a guest's packaged kernel"),
+    test("xz-utils", "unpacking kernels of guests"),
     guest("flex", "building a guest's kernel"),
     guest("bison", "building a guest's kernel"),
     guest("bc", "building a guest's kernel"),
     guest("libelf-dev", "building a guest's kernel"),
     guest("libssl-dev", "building a guest's kernel"),
-    guest("xz-utils", "unpacking its source"),
 ];
 
 /// Packages that are missing.
@@ -188,8 +188,47 @@ impl Drop for NoServices {
     }
 }
 
+/// What a package depends on whose name begins like that: the kernel of today, the library of today.
+pub(crate) fn dependency(package: &str, start: &str) -> anyhow::Result<String> {
+    let output = Command::new("apt-cache")
+        .args(["depends", package])
+        .output()
+        .context("apt-cache cannot be started")?;
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with(start))
+        .map(str::to_owned)
+        .with_context(|| format!("apt knows no package {package}"))
+}
+
+/// What installing a package would add to this machine, itself included.
+pub(crate) fn additions(package: &str) -> anyhow::Result<Vec<String>> {
+    let output = Command::new("apt-get")
+        .args(["--simulate", "--no-install-recommends", "install", package])
+        .env("LC_ALL", "C")
+        .output()
+        .context("apt-get cannot be started")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "apt cannot install {package}: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(added(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Packages in what a simulation prints: `Inst NAME (VERSION ..)`; what is replaced has its old version first.
+fn added(simulation: &str) -> Vec<String> {
+    let lines = simulation.lines();
+    lines
+        .filter_map(|line| line.strip_prefix("Inst ")?.split_once(" ("))
+        .filter(|(name, _)| !name.contains(' '))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
 /// Whether a program is in the search path.
-pub(super) fn has(program: &str) -> bool {
+pub(crate) fn has(program: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| {
         std::env::split_paths(&path).any(|folder| folder.join(program).exists())
     })
@@ -206,6 +245,13 @@ mod tests {
         assert!(is_installed(listing, "build-essential"));
         assert!(!is_installed(listing, "nftables"));
         assert!(!is_installed(listing, "llvm-22-dev"));
+    }
+
+    #[test]
+    fn what_an_installation_would_add_is_read_from_its_simulation() {
+        let simulation = "Remv qemu-utils [1:10]\nInst cpio (2.13 Debian:12.15 [amd64])\n\
+            Inst libc6 [2.35] (2.36 Debian:12 [amd64])\nConf cpio (2.13 Debian:12.15 [amd64])\n";
+        assert_eq!(added(simulation), ["cpio"]);
     }
 
     #[test]

@@ -12,10 +12,14 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use super::{Missing, is_root, packages::has, step};
+use super::{
+    Missing, is_root,
+    packages::{dependency, has},
+    step,
+};
 use crate::command::{prepare, workspace};
 
-/// Packages of the compiler; the shared library of its driver has the version in its name and is found by [`driver`].
+/// Packages of the compiler; the shared library of its driver has the version in its name.
 const COMPILER_PACKAGES: [&str; 4] = [
     "rustc-web",
     "libstd-rust-web-dev",
@@ -189,7 +193,8 @@ fn unpack_compiler() -> anyhow::Result<()> {
 }
 
 fn fetch(download: &Path) -> anyhow::Result<()> {
-    let driver = driver()?;
+    // The compiler's shared library, such as `libstd-rust-web-1.96`.
+    let driver = dependency("libstd-rust-web-dev", "libstd-rust-web-")?;
     let mut apt = Command::new("apt-get");
     apt.current_dir(download).arg("--quiet");
     if is_root() {
@@ -198,19 +203,6 @@ fn fetch(download: &Path) -> anyhow::Result<()> {
     }
     apt.arg("download").args(COMPILER_PACKAGES).arg(driver);
     step(&mut apt, "download the compiler for BPF")
-}
-
-/// The package of the compiler's shared library, such as `libstd-rust-web-1.96`.
-fn driver() -> anyhow::Result<String> {
-    let output = Command::new("apt-cache")
-        .args(["depends", "libstd-rust-web-dev"])
-        .output()
-        .context("apt-cache cannot be started")?;
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: libstd-rust-web-"))
-        .map(|version| format!("libstd-rust-web-{version}"))
-        .context("apt knows no package rustc-web")
 }
 
 fn linker_environment() -> [(&'static str, String); 3] {

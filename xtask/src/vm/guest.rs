@@ -1,8 +1,8 @@
 //! One run of a guest: a command goes in, its output and status come out.
 
 use std::{
-    fs,
-    os::fd::AsFd,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::Kernel;
+use super::{Kernel, kernel::Kind, machine, user_mode};
 use crate::command::workspace;
 
 /// The first process of the guest.
@@ -61,10 +61,15 @@ impl Guest {
     ///
     /// The guest did not start, or ended before the command did; [`Frozen`] if its kernel stood still.
     pub(crate) fn run(&self, command: &[String]) -> anyhow::Result<i32> {
-        self.run_to(
-            command,
-            Stdio::from(std::io::stdout().as_fd().try_clone_to_owned()?),
-        )
+        let (mut output, writer) = io::pipe().context("a pipe")?;
+        thread::scope(|scope| {
+            let passed_on = scope.spawn(move || io::copy(&mut output, &mut io::stdout()));
+            let status = self.run_to(command, writer.into());
+            match passed_on.join() {
+                Ok(copied) => copied.context("output of the guest").and(status),
+                Err(cause) => std::panic::resume_unwind(cause),
+            }
+        })
     }
 
     /// As [`Self::run`], with the output going elsewhere.
@@ -74,37 +79,15 @@ impl Guest {
     /// As [`Self::run`].
     pub(crate) fn run_to(&self, command: &[String], output: Stdio) -> anyhow::Result<i32> {
         let control = Control::create()?;
-        let folder = control.0.display().to_string();
-        fs::write(control.0.join("init"), INIT)?;
-        make_executable(&control.0.join("init"))?;
-        fs::write(control.0.join("command"), self.script(command))?;
-        let console = fs::File::create(control.0.join("console"))?;
-        let guest = Command::new("timeout")
-            .arg("--kill-after=5")
-            .arg(self.limit.as_secs().to_string())
-            .arg(self.kernel.program())
-            .arg(format!("mem={}M", self.memory))
-            // The root is this machine's, read-only.
-            .args([
-                "rootfstype=hostfs",
-                "root=98:0",
-                "rootflags=/",
-                "ro",
-                "quiet",
-            ])
-            .arg(format!("init={folder}/init"))
-            .arg(format!("CONTROL={folder}"))
-            .arg(format!("KERNEL={}", self.kernel.folder.display()))
-            .arg(format!("CHECKOUT={}", workspace().display()))
-            .arg(format!("uml_dir={folder}/"))
-            // Its serial line is the output. It is the descriptor 0, for 1 and 2 get the kernel's own words.
-            .args(["con=null", "con0=null,fd:1", "ssl=null", "ssl0=null,fd:0"])
-            .env("TMPDIR", "/dev/shm") // the guest's memory is a file, which must not be on a disk
-            .stdin(output)
-            .stdout(console.try_clone()?)
-            .stderr(console)
-            .spawn()
-            .context("the guest's kernel cannot be started")?;
+        let folder = control.0.as_path();
+        fs::write(folder.join("init"), INIT)?;
+        make_executable(&folder.join("init"))?;
+        fs::write(folder.join("command"), self.script(command))?;
+        let console = File::options()
+            .create(true)
+            .append(true)
+            .open(folder.join("console"))?;
+        let guest = self.start(folder, output, console)?;
         let (status, frozen) = control.watch(guest)?;
         if let Ok(code) = fs::read_to_string(control.0.join("status")) {
             return code.trim().parse().context("status of the guest's command");
@@ -121,6 +104,50 @@ impl Guest {
             Some(124 | 137) => bail!("the guest was ended after {} s", self.limit.as_secs()),
             _ => bail!("the guest ended before its command did ({status})"),
         }
+    }
+
+    /// Starts its kernel, which ends with the thread that started it.
+    fn start(&self, control: &Path, output: Stdio, console: File) -> anyhow::Result<Child> {
+        let (share, options, line) = match self.kernel.kind {
+            Kind::Built | Kind::Packaged => ("hostfs", control.display().to_string(), "/dev/ttyS0"),
+            Kind::Full => (
+                "9p",
+                "trans=virtio,version=9p2000.L,cache=none".to_owned(),
+                "/dev/ttyS1",
+            ),
+        };
+        // A kernel passes what it does not know on to the first process, as environment.
+        let facts = [
+            ("CONTROL", control.display().to_string()),
+            ("CONTROL_TYPE", share.to_owned()),
+            ("CONTROL_OPTIONS", options),
+            ("OUTPUT", line.to_owned()),
+            ("KERNEL", self.kernel.folder.display().to_string()),
+            ("CHECKOUT", workspace().display().to_string()),
+        ];
+        let kernel = match self.kernel.kind {
+            Kind::Built | Kind::Packaged => user_mode::command(self, control, &facts),
+            Kind::Full => machine::command(self, control, &facts)?,
+        };
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "TERM", "timeout", "--kill-after=5"])
+            .arg(self.limit.as_secs().to_string())
+            .arg(kernel.get_program())
+            .args(kernel.get_args())
+            .envs(
+                kernel
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stderr(console.try_clone()?);
+        match self.kernel.kind {
+            Kind::Built | Kind::Packaged => command.stdin(output).stdout(console),
+            Kind::Full => command.stdin(Stdio::null()).stdout(output),
+        };
+        command
+            .spawn()
+            .context("the guest's kernel cannot be started")
     }
 
     /// The command as a script, with its environment.
@@ -149,11 +176,43 @@ fn quote(word: &str) -> String {
 /// The folder through which this side and the guest exchange files.
 struct Control(PathBuf);
 
+/// Its name begins so, and goes on with the number of our process.
+const CONTROL: &str = "ipsec-xdp-guest-";
+
+/// Removes what runs left behind that were killed. Their guests ended with them.
+pub(crate) fn sweep() {
+    for entry in fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name();
+        if name
+            .to_str()
+            .and_then(owner)
+            .is_some_and(|owner| !Path::new("/proc").join(owner).exists())
+        {
+            // That of another user stays.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// The number of the process that a folder belongs to, by the folder's name.
+fn owner(name: &str) -> Option<&str> {
+    let owner = name.strip_prefix(CONTROL)?.split('-').next()?;
+    owner
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then_some(owner)
+}
+
 impl Control {
     fn create() -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        sweep();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("ipsec-xdp-guest-{}-{number}", std::process::id());
+        let name = format!("{CONTROL}{}-{number}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
@@ -188,7 +247,7 @@ impl Drop for Control {
     }
 }
 
-fn make_executable(path: &Path) -> std::io::Result<()> {
+pub(super) fn make_executable(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
@@ -196,6 +255,14 @@ fn make_executable(path: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_guests_tell_whose_they_are() {
+        assert_eq!(owner("ipsec-xdp-guest-193-2"), Some("193"));
+        assert_eq!(owner("ipsec-xdp-guest-193"), Some("193"));
+        assert_eq!(owner("ipsec-xdp-guest-mine"), None);
+        assert_eq!(owner("another"), None);
+    }
 
     #[test]
     fn words_of_a_command_reach_the_guest_as_they_are() {

@@ -1,4 +1,4 @@
-//! The kernels that a guest can run, and where they are kept: outside the checkout, so that they are made once.
+//! The kernels that a guest can run, each made once.
 
 use std::{
     fmt, fs,
@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, ensure};
 
-use super::output_of;
+use super::{
+    machine,
+    packages::{cache, find, list_modules, unpack},
+};
 use crate::setup::step;
 
 /// The distribution's package with the source of the kernel that is built.
@@ -18,18 +21,22 @@ const OPTIONS: &str = include_str!("kernel.config");
 /// The name of a kernel in its folder.
 const PROGRAM: &str = "linux";
 
-/// A kernel that can run as a process.
+/// A kernel that a guest can run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Kernel {
     /// The folder with the kernel, and with its modules if it has any.
     pub(super) folder: PathBuf,
-    kind: Kind,
+    pub(super) kind: Kind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
+    /// User-mode Linux, built here.
     Built,
+    /// User-mode Linux as the distribution has it.
     Packaged,
+    /// The kernel that the distribution boots machines with.
+    Full,
 }
 
 impl Kernel {
@@ -56,7 +63,7 @@ impl Kernel {
         let folder = cache()?.join("guest");
         let work = cache()?.join("guest-build");
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        unpack(SOURCE, &work)?;
+        unpack(|| Ok(vec![SOURCE.to_owned()]), &work)?;
         let archive = find(&work.join("usr/src"), "linux-source-", ".tar.xz")?;
         step(
             Command::new("tar")
@@ -85,33 +92,37 @@ impl Kernel {
     ///
     /// The step that failed, for instance where the distribution has no such package.
     pub(crate) fn packaged() -> anyhow::Result<Self> {
-        let folder = cache()?.join("packaged");
-        let kernel = Self {
-            folder: folder.clone(),
-            kind: Kind::Packaged,
-        };
-        if folder.join("complete").exists() {
-            return Ok(kernel);
+        Self::once("packaged", Kind::Packaged, |folder| {
+            unpack(|| Ok(vec!["user-mode-linux".to_owned()]), folder)?;
+            fs::rename(folder.join("usr/bin/linux.uml"), folder.join(PROGRAM))?;
+            list_modules(folder, &folder.join("usr/lib/uml/modules")).map(drop)
+        })
+    }
+
+    /// The kernel that the distribution boots machines with, fetched and unpacked unless that has been done.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed.
+    pub(crate) fn full() -> anyhow::Result<Self> {
+        Self::once("full", Kind::Full, |folder| {
+            machine::prepare(folder, PROGRAM)
+        })
+    }
+
+    /// What `prepare` makes in a folder of this name, now or earlier.
+    fn once(
+        name: &str,
+        kind: Kind,
+        prepare: impl FnOnce(&Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let folder = cache()?.join(name);
+        let complete = folder.join("complete");
+        if !complete.exists() {
+            prepare(&folder)?;
+            fs::write(complete, "")?;
         }
-        unpack("user-mode-linux", &folder)?;
-        fs::rename(folder.join("usr/bin/linux.uml"), folder.join(PROGRAM))?;
-        // Where `modprobe -d` looks for them.
-        fs::create_dir_all(folder.join("lib"))?;
-        fs::rename(
-            folder.join("usr/lib/uml/modules"),
-            folder.join("lib/modules"),
-        )?;
-        let modules = find(&folder.join("lib/modules"), "", "")?;
-        let version = modules.file_name().unwrap_or_default();
-        step(
-            Command::new("/sbin/depmod")
-                .arg("--basedir")
-                .arg(&folder)
-                .arg(version),
-            "listing the modules of the kernel",
-        )?;
-        fs::write(folder.join("complete"), "")?;
-        Ok(kernel)
+        Ok(Self { folder, kind })
     }
 
     pub(super) fn program(&self) -> PathBuf {
@@ -126,6 +137,11 @@ impl fmt::Display for Kernel {
             Kind::Packaged => write!(
                 f,
                 "the packaged kernel, which has no xfrm interfaces, AF_XDP and netdevsim; `cargo xtask vm --build` builds one that does"
+            ),
+            Kind::Full => write!(
+                f,
+                "the distribution's kernel in {}, under QEMU",
+                self.folder.display()
             ),
         }
     }
@@ -171,59 +187,6 @@ fn missing_options(config: &str) -> anyhow::Result<()> {
         missing.join(", ")
     );
     Ok(())
-}
-
-/// Downloads a package and unpacks it into a new folder; nothing is installed.
-fn unpack(package: &str, folder: &Path) -> anyhow::Result<()> {
-    let _ = fs::remove_dir_all(folder);
-    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    // Lists of packages that are weeks old name files that the mirrors no longer have.
-    let download = || {
-        output_of(
-            Command::new("apt-get")
-                .current_dir(folder)
-                .args(["--quiet", "download", package]),
-        )
-    };
-    if download().is_err() {
-        step(
-            Command::new("apt-get").args(["--quiet", "update"]),
-            "apt-get update",
-        )?;
-        download().with_context(|| format!("the package {package} cannot be had"))?;
-    }
-    let file = find(folder, package, ".deb")?;
-    step(
-        Command::new("dpkg-deb")
-            .arg("--extract")
-            .arg(&file)
-            .arg(folder),
-        "unpacking a package",
-    )?;
-    fs::remove_file(file)?;
-    Ok(())
-}
-
-/// The one file of a folder that begins and ends like that.
-fn find(folder: &Path, start: &str, end: &str) -> anyhow::Result<PathBuf> {
-    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(start) && name.ends_with(end) {
-            return Ok(path);
-        }
-    }
-    anyhow::bail!("there is no {start}..{end} in {}", folder.display())
-}
-
-/// Where kernels are kept.
-fn cache() -> anyhow::Result<PathBuf> {
-    let base = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME is set")?;
-    Ok(base.join("ipsec-xdp"))
 }
 
 #[cfg(test)]

@@ -1,18 +1,22 @@
 //! `cargo xtask vm`: a guest whose kernel has ESP, for machines whose own kernel lacks it.
 //!
-//! The guest is user-mode Linux, a kernel that runs as a process: it needs no KVM, no disk image and no installed
-//! kernel, and it sees this machine's files read-only, so that programs built here run in it as they are. The kernel is
-//! either the packaged one, there in seconds, or one built from the distribution's source with what the tests need.
+//! No guest needs KVM, a disk image or an installed kernel, and all see this machine's files read-only, so that programs
+//! built here run in them as they are. Most are user-mode Linux, a kernel that runs as a process: either the packaged one,
+//! there in seconds, or one built from the distribution's source with what the tests need. What that lacks (a second
+//! processor, a BPF JIT, BTF) has the kernel that the distribution boots machines with, under QEMU and much slower.
 
 mod guest;
 mod kernel;
+mod machine;
+mod packages;
+mod user_mode;
 
 use std::{process::Command, time::Duration};
 
 use anyhow::ensure;
 
 pub(crate) use self::{
-    guest::{Frozen, Guest},
+    guest::{Frozen, Guest, sweep},
     kernel::Kernel,
 };
 use crate::setup::{self, Purpose};
@@ -26,8 +30,11 @@ pub(crate) struct Options {
     /// Use the packaged kernel even where one has been built
     #[arg(long, conflicts_with = "build")]
     packaged: bool,
+    /// Use the kernel that the distribution boots machines with, under QEMU: two processors, a BPF JIT, BTF; much slower
+    #[arg(long, conflicts_with_all = ["build", "packaged"])]
+    qemu: bool,
     /// Memory of the guest in MiB
-    #[arg(long, default_value_t = 768)]
+    #[arg(long, default_value_t = MEMORY)]
     memory: u32,
     /// End the guest after so many seconds
     #[arg(long, default_value_t = 600)]
@@ -37,10 +44,16 @@ pub(crate) struct Options {
     command: Vec<String>,
 }
 
+/// Memory of a guest in MiB.
+pub(crate) const MEMORY: u32 = 768;
+
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let kernel = if options.build {
         setup::run(Purpose::Guest, true)?;
         Kernel::build()?
+    } else if options.qemu {
+        setup::run(Purpose::Test, true)?;
+        Kernel::full()?
     } else {
         setup::run(Purpose::Test, true)?;
         let built = Kernel::built().filter(|_| !options.packaged);
@@ -66,9 +79,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// What a look around in the guest tells.
-const SHOW: &str = "uname -srm; ip xfrm state count; \
+const SHOW: &str = "uname -srm; nproc; ip xfrm state count; \
     ip link add probe type xfrm if_id 1 2>/dev/null && echo 'xfrm interfaces: yes' || echo 'xfrm interfaces: no'; \
-    test -d /sys/bus/netdevsim && echo 'netdevsim: yes' || echo 'netdevsim: no'";
+    test -d /sys/bus/netdevsim && echo 'netdevsim: yes' || echo 'netdevsim: no'; \
+    test \"$(cat /proc/sys/net/core/bpf_jit_enable 2>/dev/null)\" = 1 && echo 'BPF JIT: yes' || echo 'BPF JIT: no'; \
+    test -e /sys/kernel/btf/vmlinux && echo 'BTF: yes' || echo 'BTF: no'";
 
 /// Builds a test program here and gives its path, for the guest to run it.
 pub(crate) fn test_program(package: &str, name: &str) -> anyhow::Result<String> {

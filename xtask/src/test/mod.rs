@@ -1,9 +1,10 @@
 //! `cargo xtask test`: runs all tests group by group, counts them over all crates, and tells what was skipped and why.
 
+mod guest;
+
 use std::{
     io::{BufRead, BufReader, Read, Write},
     process::Stdio,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,6 @@ use anyhow::{Context, ensure};
 use crate::{
     command::{build_debug, prepare},
     setup,
-    vm::{self, Frozen, Guest, Kernel},
 };
 
 /// A group of tests: its name, and how cargo is asked for it.
@@ -89,14 +89,17 @@ struct Count {
 
 /// Runs the groups of these names, or all.
 pub(crate) fn run(full: bool, only: &[String]) -> anyhow::Result<()> {
-    let known = GROUPS.iter().map(|group| group.name).chain([GUEST]);
+    let in_guests = guest::GROUPS.iter();
+    let known = GROUPS.iter().map(|group| group.name);
+    let known = known.chain(in_guests.clone().map(|group| group.name));
     for name in only {
         ensure!(
             known.clone().any(|known| known == name),
             "there is no group {name} of tests"
         );
     }
-    let wanted = |name: &str| only.is_empty() || only.iter().any(|one| one == name);
+    let named = |name: &str| only.iter().any(|one| one == name);
+    let wanted = |name: &str| only.is_empty() || named(name);
     setup::run(setup::Purpose::Test, true)?;
     // Integration tests start the daemon as a program, which cargo does not build for them.
     build_debug()?;
@@ -106,84 +109,14 @@ pub(crate) fn run(full: bool, only: &[String]) -> anyhow::Result<()> {
         let (count, good) = run_group(group, full)?;
         results.push((group.name, count, start.elapsed(), good));
     }
-    if wanted(GUEST) {
+    for group in
+        in_guests.filter(|group| named(group.name) || wanted(group.name) && (full || !group.long))
+    {
         let start = Instant::now();
-        let (count, good) = run_in_guest(full)?;
-        results.push((GUEST, count, start.elapsed(), good));
+        let (count, good) = group.run(full)?;
+        results.push((group.name, count, start.elapsed(), good));
     }
     summarise(&results)
-}
-
-/// The group that runs in a guest.
-const GUEST: &str = "guest";
-/// Suites that need what few kernels of test machines have: ESP, network cards, VLANs.
-const GUEST_SUITES: &[&str] = &[
-    "oracle",
-    "kernel_engine",
-    "nic_offload",
-    "transport_mode",
-    "vlan",
-];
-
-/// Runs the suites that need a kernel with ESP in a guest, or tells why there is none.
-fn run_in_guest(full: bool) -> anyhow::Result<(Count, bool)> {
-    eprintln!("== guest tests ==");
-    let kernel = match Kernel::built().map_or_else(Kernel::packaged, Ok) {
-        Ok(kernel) => kernel,
-        Err(error) => {
-            let reason = format!("guest: there is no kernel for it: {error:#}");
-            return Ok((Count::one_skipped(reason), true));
-        }
-    };
-    eprintln!("vm: {kernel}");
-    let mut guest = Guest {
-        kernel,
-        memory: 768,
-        limit: Duration::from_secs(900),
-        environment: Vec::new(),
-    };
-    if full {
-        let name = "IPSEC_TESTS_FULL".to_owned();
-        guest.environment.push((name, "1".to_owned()));
-    }
-    let (mut all, mut good) = (Count::default(), true);
-    for suite in GUEST_SUITES {
-        let program = vm::test_program("ipsec-tests", suite)?;
-        let (count, status) = run_suite_in(&guest, &program).or_else(|error| {
-            standing_still(error)?;
-            eprintln!("vm: the suite starts again, once");
-            run_suite_in(&guest, &program).or_else(|error| {
-                let skipped = format!("{suite}: {}", standing_still(error)?);
-                Ok::<_, anyhow::Error>((Count::one_skipped(skipped), 0))
-            })
-        })?;
-        all.join(count);
-        good &= status == 0;
-    }
-    Ok((all, good))
-}
-
-/// What a frozen guest is told to have done; other errors are passed on.
-fn standing_still(error: anyhow::Error) -> anyhow::Result<Frozen> {
-    let frozen = error.downcast::<Frozen>()?;
-    eprintln!("vm: {frozen}");
-    Ok(frozen)
-}
-
-/// Runs a test program in a guest, its output passed on as it comes; tells what it counted, and its status.
-fn run_suite_in(guest: &Guest, program: &str) -> anyhow::Result<(Count, i32)> {
-    let mut count = Count::default();
-    let (output, writer) = std::io::pipe().context("a pipe")?;
-    let arguments = [program.to_owned(), "--test-threads=1".to_owned()];
-    let status = thread::scope(|scope| {
-        let reader = scope.spawn(|| count.read(output));
-        let status = guest.run_to(&arguments, writer.into());
-        match reader.join() {
-            Ok(read) => read.and(status),
-            Err(cause) => std::panic::resume_unwind(cause),
-        }
-    })?;
-    Ok((count, status))
 }
 
 /// Runs one group, its output passed on as it comes; tells whether cargo was content.
