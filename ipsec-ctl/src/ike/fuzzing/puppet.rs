@@ -1,4 +1,4 @@
-//! A peer that says what it is told to: it brings an IKE SA up honestly and then seals whatever it is given.
+//! A peer that says what it is told to: it brings an IKE SA up honestly, from either side, and then seals whatever it is given.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -18,10 +18,11 @@ use crate::ike::{
         Group, IkeSuite,
         auth::{self, Signed},
         ke::PrivateKey,
-        keys::{IkeKeys, Nonces},
+        keys::{IkeKeys, Nonces, SkKeys},
         sk,
     },
     event::{Command, Event},
+    exchange::{AuthRequest, InitRequest, InitResponse},
     message::{
         ExchangeType, Flags, Header, IkeSpi, Message, MessageId, Payload, PayloadType,
         parse_payloads,
@@ -112,6 +113,8 @@ pub fn peer(role: Role) -> PeerConfig {
 pub struct Bench {
     /// The endpoint.
     pub endpoint: Endpoint,
+    /// Where its peer's datagrams come from.
+    pub theirs: SocketAddr,
     /// The time.
     pub now: Time,
     /// Datagrams that it has sent since they were last taken.
@@ -132,6 +135,7 @@ impl Bench {
         };
         let mut bench = Self {
             endpoint: Endpoint::new(config, Box::new(Counter(7))),
+            theirs: THEIRS,
             now: Time::default(),
             sent: Vec::new(),
             events: Vec::new(),
@@ -151,7 +155,7 @@ impl Bench {
         self.drain();
         self.sent.clear();
         self.endpoint
-            .handle_datagram(self.now, OURS, THEIRS, datagram);
+            .handle_datagram(self.now, OURS, self.theirs, datagram);
         self.drain();
         std::mem::take(&mut self.sent)
     }
@@ -186,8 +190,11 @@ impl Bench {
 
 /// The peer, once its IKE SA is up.
 pub struct Puppet {
+    /// It has started the IKE SA.
+    initiator: bool,
     suite: IkeSuite,
     keys: IkeKeys,
+    spi_i: IkeSpi,
     spi_r: IkeSpi,
     random: Counter,
 }
@@ -200,7 +207,7 @@ impl Puppet {
         let private = PrivateKey::generate(Group::Curve25519, &mut random);
         let (public, nonce) = (private.public(), [5; 32]);
         let init = Message {
-            header: header(IkeSpi(0), ExchangeType::IKE_SA_INIT, 0, false),
+            header: header((SPI, IkeSpi(0)), true, ExchangeType::IKE_SA_INIT, 0, false),
             payloads: vec![
                 Payload::SecurityAssociation(proposals::ike_offer(&config.proposals)),
                 Payload::KeyExchange(KeyExchange {
@@ -215,8 +222,8 @@ impl Puppet {
         .ok()?;
         let answers = bench.deliver(&init);
         let message = Message::parse(answers.first()?).ok()?;
-        let answer = crate::ike::exchange::InitResponse::sort(message.payloads.clone()).ok()?;
-        let crate::ike::exchange::InitResponse::Agreed {
+        let answer = InitResponse::sort(message.payloads.clone()).ok()?;
+        let InitResponse::Agreed {
             sa,
             ke,
             nonce: nonce_r,
@@ -234,14 +241,112 @@ impl Puppet {
         };
         let keys = IkeKeys::derive(&suite, &secret, nonces, SPI, spi_r);
         let mut puppet = Self {
+            initiator: true,
             suite,
             keys,
+            spi_i: SPI,
             spi_r,
             random,
         };
         let auth = puppet.auth(&init, nonce_r.bytes(), &config, supports)?;
         bench.deliver(&auth);
         Some(puppet)
+    }
+
+    /// Lets the endpoint bring an IKE SA with one child up, and tells in the answer to IKE_AUTH what it supports.
+    pub fn answer(bench: &mut Bench, supports: &[NotifyType]) -> Option<Self> {
+        let config = peer(Role::Respond);
+        let mut random = Counter(99);
+        bench.command(Command::Up(config.id, OURS));
+        let init = bench.sent.pop()?;
+        let message = Message::parse(&init).ok()?;
+        let request = InitRequest::sort(message.payloads.clone()).ok()?;
+        let (suite, number) =
+            proposals::choose_ike(&config.proposals, &request.sa, Some(request.ke.method.0))?;
+        let private = PrivateKey::generate(suite.group, &mut random);
+        let (public, nonce) = (private.public(), [6; 32]);
+        let spi_i = message.header.spi_i;
+        let response = Message {
+            header: header((spi_i, SPI), false, ExchangeType::IKE_SA_INIT, 0, true),
+            payloads: vec![
+                Payload::SecurityAssociation(proposals::ike_answer(&suite, number)),
+                Payload::KeyExchange(KeyExchange {
+                    method: KeMethod(suite.group.id()),
+                    public: &public,
+                }),
+                Payload::Nonce(Nonce::new(&nonce).ok()?),
+            ],
+        }
+        .emit()
+        .ok()?;
+        let secret = private.agree(request.ke.public).ok()?;
+        let nonces = Nonces {
+            initiator: request.nonce.bytes(),
+            responder: &nonce,
+        };
+        let keys = IkeKeys::derive(&suite, &secret, nonces, spi_i, SPI);
+        let mut puppet = Self {
+            initiator: false,
+            suite,
+            keys,
+            spi_i,
+            spi_r: SPI,
+            random,
+        };
+        let asked = bench.deliver(&response);
+        let auth = puppet.answer_auth(asked.first()?, &response, nonces.initiator, supports)?;
+        bench.deliver(&auth);
+        Some(puppet)
+    }
+
+    fn answer_auth(
+        &mut self,
+        request: &[u8],
+        init: &[u8],
+        nonce: &[u8],
+        supports: &[NotifyType],
+    ) -> Option<Vec<u8>> {
+        let config = peer(Role::Respond);
+        let child = config.children.first()?;
+        let choice = self
+            .open(request, |_, payloads| {
+                let offer = AuthRequest::sort(payloads).ok()?.child?;
+                proposals::choose_child(&child.proposals, &offer.sa, true)
+            })
+            .flatten()?;
+        let (kind, data) = Identity::from(THEIRS.ip()).to_wire();
+        let proof = self.proof(init, nonce, kind.0, &data);
+        let mut payloads = vec![
+            Payload::IdResponder(Identification { kind, data: &data }),
+            Payload::Authentication(Authentication {
+                method: AuthMethod::SHARED_KEY,
+                data: &proof,
+            }),
+            Payload::SecurityAssociation(proposals::child_answer(
+                &choice.suite,
+                choice.number,
+                &CHILD_SPI,
+            )),
+            Payload::TsInitiator(TrafficSelectors::new(&child.remote)),
+            Payload::TsResponder(TrafficSelectors::new(&child.local)),
+        ];
+        payloads.extend(supports.iter().map(|kind| notify(*kind)));
+        self.seal(ExchangeType::IKE_AUTH, 1, true, &payloads)
+    }
+
+    /// The proof of its identity.
+    fn proof(&self, init: &[u8], nonce: &[u8], kind: u8, data: &[u8]) -> Vec<u8> {
+        let signed = Signed {
+            message: init,
+            nonce,
+            sk_p: if self.initiator {
+                &self.keys.sk_pi
+            } else {
+                &self.keys.sk_pr
+            },
+            id: &[&[kind, 0, 0, 0], data].concat(),
+        };
+        auth::psk(self.suite.prf, SECRET, &signed).to_vec()
     }
 
     fn auth(
@@ -252,16 +357,7 @@ impl Puppet {
         supports: &[NotifyType],
     ) -> Option<Vec<u8>> {
         let (kind, data) = Identity::from(THEIRS.ip()).to_wire();
-        let proof = auth::psk(
-            self.suite.prf,
-            SECRET,
-            &Signed {
-                message: init,
-                nonce,
-                sk_p: &self.keys.sk_pi,
-                id: &[&[kind.0, 0, 0, 0], data.as_slice()].concat(),
-            },
-        );
+        let proof = self.proof(init, nonce, kind.0, &data);
         let child = config.children.first()?;
         let mut payloads = vec![
             Payload::IdInitiator(Identification { kind, data: &data }),
@@ -281,6 +377,11 @@ impl Puppet {
         self.seal(ExchangeType::IKE_AUTH, 1, false, &payloads)
     }
 
+    fn header(&self, exchange: ExchangeType, id: u32, response: bool) -> Header {
+        let spis = (self.spi_i, self.spi_r);
+        header(spis, self.initiator, exchange, id, response)
+    }
+
     /// Seals a message.
     pub fn seal(
         &mut self,
@@ -289,8 +390,8 @@ impl Puppet {
         response: bool,
         payloads: &[Payload<'_>],
     ) -> Option<Vec<u8>> {
-        let header = header(self.spi_r, exchange, id, response);
-        let keys = &self.keys.initiator;
+        let header = self.header(exchange, id, response);
+        let keys = keys_of(&self.keys, self.initiator);
         sk::seal(&header, payloads, &self.suite, keys, &mut self.random).ok()
     }
 
@@ -302,8 +403,8 @@ impl Puppet {
         payloads: &[Payload<'_>],
         most: usize,
     ) -> Option<Vec<Vec<u8>>> {
-        let header = header(self.spi_r, exchange, id, false);
-        let (keys, random) = (&self.keys.initiator, &mut self.random);
+        let header = self.header(exchange, id, false);
+        let (keys, random) = (keys_of(&self.keys, self.initiator), &mut self.random);
         sk::seal_split(&header, payloads, &self.suite, keys, random, most).ok()
     }
 
@@ -317,7 +418,8 @@ impl Puppet {
         let Some(Payload::Encrypted(encrypted)) = message.payloads.last() else {
             return None;
         };
-        let chain = sk::open(bytes, encrypted, &self.suite, &self.keys.responder).ok()?;
+        let theirs = keys_of(&self.keys, !self.initiator);
+        let chain = sk::open(bytes, encrypted, &self.suite, theirs).ok()?;
         let payloads = parse_payloads(encrypted.first, &chain).ok()?;
         Some(look(&message.header, payloads))
     }
@@ -328,15 +430,30 @@ pub fn notify(kind: NotifyType) -> Payload<'static> {
     Payload::Notify(Notify::new(kind, &[]))
 }
 
-fn header(spi_r: IkeSpi, exchange: ExchangeType, id: u32, response: bool) -> Header {
+/// The keys of what one side sends.
+fn keys_of(keys: &IkeKeys, initiator: bool) -> &SkKeys {
+    if initiator {
+        &keys.initiator
+    } else {
+        &keys.responder
+    }
+}
+
+fn header(
+    (spi_i, spi_r): (IkeSpi, IkeSpi),
+    initiator: bool,
+    exchange: ExchangeType,
+    id: u32,
+    response: bool,
+) -> Header {
     Header {
-        spi_i: SPI,
+        spi_i,
         spi_r,
         first: PayloadType::NONE,
         minor: 0,
         exchange,
         flags: Flags {
-            initiator: true,
+            initiator,
             version: false,
             response,
         },

@@ -422,7 +422,7 @@ impl IkeSa {
         }
     }
 
-    /// Whether a response is about the addresses in use, and shows that the peer receives there.
+    /// Whether a response shows that the peer has seen our request, and is about the addresses in use.
     fn is_proved(
         &mut self,
         shared: &mut Shared,
@@ -430,22 +430,27 @@ impl IkeSa {
         probe: &Probe,
         notifies: &Notifies<'_>,
     ) -> bool {
-        let is_stale = probe.path != (self.local, self.remote)
-            || self.has_task(|task| matches!(task, Task::UpdateAddresses | Task::CheckPath));
-        if is_stale || self.state != State::Up {
+        if self.state != State::Up {
             return false;
         }
         let same = notifies
             .find(NotifyType::COOKIE2)
             .is_some_and(|cookie| bool::from(cookie.data.ct_eq(&probe.cookie)));
         if !same {
-            // RFC 4555 section 3.7: who answers without having seen the request is not where it claims to be.
-            let detail = "its answer does not hold our cookie; a peer that knows none needs return_routability = false";
-            let detail = detail.to_owned();
+            // RFC 4555 section 3.7: who answers without having seen the request is not where it claims to be. That holds
+            // wherever we have gone since.
+            let hint = if self.mobike.leads {
+                ""
+            } else {
+                "; a peer that returns none when it moves needs return_routability = false"
+            };
+            let detail = format!("its answer does not hold our cookie{hint}");
             self.fail(shared, Stage::Move, FailureReason::BadMessage, detail);
             self.delete(shared, now, DownReason::Protocol);
+            return false;
         }
-        same
+        let moved_on = |task: &Task| matches!(task, Task::UpdateAddresses | Task::CheckPath);
+        probe.path == (self.local, self.remote) && !self.has_task(moved_on)
     }
 
     /// The response to UPDATE_SA_ADDRESSES.

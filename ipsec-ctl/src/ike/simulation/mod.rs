@@ -15,6 +15,7 @@ mod peers;
 mod refusals;
 mod rekey;
 mod restarts;
+mod routability;
 mod search;
 mod transport;
 mod upkeep;
