@@ -10,6 +10,7 @@ mod lossy;
 mod many;
 mod mobike;
 mod network;
+mod node;
 mod pair;
 mod peers;
 mod refusals;
