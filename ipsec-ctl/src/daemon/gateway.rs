@@ -299,7 +299,8 @@ impl Gateway {
         let Some(tunnel) = self.tunnels.get(id) else {
             return Ok(());
         };
-        let (down, starts) = (tunnel.down, tunnel.config.role == Role::Initiate);
+        let starts = tunnel.raised || tunnel.config.role == Role::Initiate;
+        let down = tunnel.down;
         let spec = convert::tunnel_spec(id, &tunnel.config, &tunnel.places, &tunnel.elsewhere);
         let peer = convert::peer_config(id, &tunnel.config, &tunnel.places);
         if let Err(rejected) = self

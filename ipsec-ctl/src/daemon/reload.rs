@@ -36,7 +36,7 @@ pub(super) enum Asker {
 }
 
 impl Asker {
-    fn tell(self, outcome: Result<Done, Refused>) {
+    pub(super) fn tell(self, outcome: Result<Done, Refused>) {
         match (self, outcome) {
             // A client that has gone does not want the answer.
             (Self::Client(answer), outcome) => drop(answer.send(outcome)),
@@ -134,7 +134,7 @@ impl Gateway {
             Ok(fresh) => Ok(self.take_over(fresh).await),
             Err(refused) => Err(refused),
         };
-        read.asker.tell(outcome);
+        self.answer(read.asker, outcome);
     }
 
     async fn take_over(&mut self, fresh: Config) -> Done {
@@ -200,7 +200,6 @@ impl Gateway {
                 message: format!("tunnel {name} stays where it is: {cause}"),
                 remedy: "`ipsec-ctl probe` shows what this machine has for each engine".to_owned(),
             })?;
-        self.save();
         Ok(Done {
             lines: vec![format!(
                 "{name} is with the engine that was asked for as soon as its children are rekeyed; `ipsec-ctl status {name}` shows what \

@@ -28,18 +28,24 @@ use crate::{
 
 impl Gateway {
     pub(super) async fn request(&mut self, request: Request) {
-        // Whoever asked and went away does not want the answer.
-        match request {
-            Request::Status(answer) => drop(answer.send(self.status().await)),
-            Request::Counters(answer) => drop(answer.send(self.counters().await)),
-            Request::Up(name, answer) => drop(answer.send(self.up(&name).await)),
-            Request::Down(name, answer) => drop(answer.send(self.down(&name))),
-            Request::Rekey(name, what, answer) => drop(answer.send(self.rekey(&name, what))),
-            Request::Move(name, engine, answer) => {
-                drop(answer.send(self.move_tunnel(&name, engine).await));
-            }
-            Request::Reload(answer) => self.reload(Asker::Client(answer)),
-        }
+        let (outcome, answer) = match request {
+            // Whoever asked and went away does not want the answer.
+            Request::Status(answer) => return drop(answer.send(self.status().await)),
+            Request::Counters(answer) => return drop(answer.send(self.counters().await)),
+            Request::Reload(answer) => return self.reload(Asker::Client(answer)),
+            Request::Up(name, answer) => (self.up(&name).await, answer),
+            Request::Down(name, answer) => (self.down(&name), answer),
+            Request::Rekey(name, what, answer) => (self.rekey(&name, what), answer),
+            Request::Move(name, engine, answer) => (self.move_tunnel(&name, engine).await, answer),
+        };
+        self.answer(Asker::Client(answer), outcome);
+    }
+
+    /// Tells whoever wanted something changed what has become of it. That is written down before, so that it holds even if the
+    /// daemon dies in the next moment.
+    pub(super) fn answer(&mut self, asker: Asker, outcome: Result<Done, Refused>) {
+        self.save();
+        asker.tell(outcome);
     }
 
     async fn up(&mut self, name: &str) -> Result<Done, Refused> {
@@ -62,8 +68,8 @@ impl Gateway {
                 remedy: "its peer starts it; wait for the peer, or configure `peer`".to_owned(),
             });
         }
+        tunnel.raised = true;
         self.bring_up(id);
-        self.save();
         Ok(Done {
             lines: vec![format!(
                 "{name} is coming up; `ipsec-ctl status {name}` tells how far it is"
@@ -76,11 +82,11 @@ impl Gateway {
         let now = self.now();
         if let Some(tunnel) = self.tunnels.get_mut(id) {
             tunnel.down = true;
+            tunnel.raised = false;
             tunnel.pending = false;
         }
         self.endpoint
             .handle_command(now, Command::Down(PeerId(id.0)));
-        self.save();
         Ok(Done {
             lines: vec![format!("{name} is down; what it protects stays blocked")],
         })

@@ -182,6 +182,7 @@ impl Gateway {
         self.tunnels.put_in(id, config);
         if let Some(state) = self.tunnels.get_mut(id) {
             state.down = saved.down;
+            state.raised = saved.raised;
             state.places = saved.places;
             state.elsewhere = saved.elsewhere;
         }

@@ -34,6 +34,8 @@ pub(super) struct TunnelState {
     pub(super) config: Tunnel,
     /// The operator took it down.
     pub(super) down: bool,
+    /// The operator brought it up, whatever its role.
+    pub(super) raised: bool,
     /// It should be brought up as soon as there is a route to its peer.
     pub(super) pending: bool,
     /// The last failure, until it is up.
@@ -141,6 +143,9 @@ pub(super) struct SavedTunnel {
     pub(super) terms: Vec<u8>,
     /// The operator took it down.
     pub(super) down: bool,
+    /// The operator brought it up.
+    #[serde(default)]
+    pub(super) raised: bool,
     /// Where its peer was.
     pub(super) places: Vec<Place>,
     /// Where its peer was besides.
@@ -199,6 +204,7 @@ impl Tunnels {
             TunnelState {
                 config,
                 down: false,
+                raised: false,
                 pending: false,
                 failure: None,
                 places: Vec::new(),
@@ -234,6 +240,7 @@ impl Tunnels {
                     name: tunnel.config.name.clone(),
                     terms: reload::terms(&tunnel.config),
                     down: tunnel.down,
+                    raised: tunnel.raised,
                     places: tunnel.places.clone(),
                     elsewhere: tunnel.elsewhere.clone(),
                 })

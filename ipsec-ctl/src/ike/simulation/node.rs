@@ -247,7 +247,7 @@ impl Node {
         }
     }
 
-    fn save(&mut self) -> Alive {
+    pub(super) fn save(&mut self) -> Alive {
         self.burn()?;
         for (part, content) in self.endpoint.changes().unwrap() {
             match content {

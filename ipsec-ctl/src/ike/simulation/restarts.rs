@@ -282,6 +282,43 @@ fn an_exchange_that_is_under_way_is_ended_by_the_daemon_that_comes_after() {
     assert_eq!(world.nodes[0].endpoint.established().count(), 1);
 }
 
+/// The names of what a wish replaces.
+fn named(node: &Node, what: Wish) -> Vec<String> {
+    let ike = node.endpoint.established();
+    match what {
+        Wish::RekeyIke => ike.map(|(ike, ..)| format!("{ike:?}")).collect(),
+        Wish::RekeyChild | Wish::DeleteChild => {
+            node.pairs.keys().map(|sa| format!("{sa:?}")).collect()
+        }
+    }
+}
+
+// The daemon answers an operator when it has saved what was asked for.
+#[test]
+fn what_an_operator_was_told_is_done_by_whatever_daemon_comes_after() {
+    for what in [Wish::RekeyChild, Wish::RekeyIke] {
+        for who in [0, 1] {
+            for fuse in 0.. {
+                let mut world = World::new(5, Conditions::PERFECT);
+                world.run(Duration::from_secs(12));
+                let before = named(&world.nodes[who], what);
+                wish(&mut world, who, what);
+                assert!(world.nodes[who].save().is_ok());
+                world.nodes[who].fuse = Some(fuse);
+                world.run(Duration::from_secs(30));
+                let died = world.nodes[who].deaths > 0;
+                world.end_well();
+                let after = named(&world.nodes[who], what);
+                assert_ne!(before, after, "{what:?} by {who}, dead after {fuse} acts");
+                if !died {
+                    assert!(fuse > 5, "nobody has died");
+                    break;
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn what_a_data_plane_has_lost_with_the_daemon_is_made_anew_by_the_daemon_that_comes_after() {
     for who in [0, 1] {
