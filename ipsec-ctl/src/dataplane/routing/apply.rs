@@ -25,6 +25,13 @@ struct Entry {
     beside: Vec<String>,
 }
 
+/// What the kernel has of ours.
+#[derive(Debug, Default)]
+struct Present {
+    routes: BTreeSet<Route>,
+    rules: BTreeSet<Rule>,
+}
+
 /// Keeps the kernel's routes and rules as the tunnels need them.
 #[derive(Debug)]
 pub struct Routing {
@@ -86,7 +93,7 @@ impl Routing {
         };
         let plan = plan::plan(&[wants], &kernel);
         self.kernel = Some(kernel);
-        self.add(&plan, &[], &[]).await
+        self.add(&plan, &Present::default()).await
     }
 
     /// What the kernel has that the plan depends on.
@@ -106,15 +113,15 @@ impl Routing {
     }
 
     /// Adds what is planned and not there: backstops first, then routes, then the rules that lead to them.
-    async fn add(&self, plan: &Plan, routes: &[Route], rules: &[Rule]) -> Result<(), NetlinkError> {
+    async fn add(&self, plan: &Plan, present: &Present) -> Result<(), NetlinkError> {
         let mut first = Ok(());
-        let missing = plan.routes.iter().filter(|route| !routes.contains(route));
+        let missing = plan.routes.difference(&present.routes);
         let (backstops, others): (Vec<_>, Vec<_>) =
             missing.partition(|route| route.target == Target::Blackhole);
         for route in backstops.into_iter().chain(others) {
             first = first.and(self.netlink.add_route(route).await);
         }
-        for rule in plan.rules.iter().filter(|rule| !rules.contains(rule)) {
+        for rule in plan.rules.difference(&present.rules) {
             first = first.and(self.netlink.add_rule(rule).await);
         }
         first
@@ -182,23 +189,23 @@ impl Routing {
             })
             .collect();
         let plan = plan::plan(&wants, &kernel);
-        let routes = self.netlink.our_routes().await?;
-        let rules = self.netlink.our_rules().await?;
-        let mut first = self.add(&plan, &routes, &rules).await;
+        let present = Present {
+            routes: self.netlink.our_routes().await?.into_iter().collect(),
+            rules: self.netlink.our_rules().await?.into_iter().collect(),
+        };
+        let mut first = self.add(&plan, &present).await;
         if self.complete {
-            for rule in rules.iter().filter(|rule| !plan.rules.contains(rule)) {
+            for rule in present.rules.difference(&plan.rules) {
                 first = first.and(self.netlink.remove_rule(rule).await);
             }
-            let leftovers: Vec<&Route> = routes
-                .iter()
-                .filter(|route| !plan.routes.contains(route))
-                .collect();
-            for route in &leftovers {
+            let mut leftovers = present.routes.difference(&plan.routes).peekable();
+            // A route that differs from the planned one in its source alone had kept that one out.
+            let again = leftovers.peek().is_some();
+            for route in leftovers {
                 first = first.and(self.netlink.remove_route(route).await);
             }
-            // A route that differs from the planned one in its source alone had kept that one out.
-            if !leftovers.is_empty() {
-                first = first.and(self.add(&plan, &[], &[]).await);
+            if again {
+                first = first.and(self.add(&plan, &Present::default()).await);
             }
         }
         self.kernel = Some(kernel);

@@ -73,8 +73,13 @@ pub fn plan(tunnels: &[Wants<'_>], kernel: &Kernel) -> Plan {
             plan.bypass(*bypass, kernel);
         }
     }
-    for peer in tunnels.iter().flat_map(|tunnel| &tunnel.spec.peers) {
-        plan.reach(*peer, kernel);
+    let peers: BTreeSet<&IpAddr> = tunnels
+        .iter()
+        .flat_map(|tunnel| &tunnel.spec.peers)
+        .collect();
+    let protected = plan.protected();
+    for peer in peers {
+        plan.reach(*peer, &protected, kernel);
     }
     for v6 in [false, true] {
         plan.pass_tunnels(tunnels, kernel, v6);
@@ -200,13 +205,15 @@ impl Plan {
         }
     }
 
+    /// What routes of the main table lead elsewhere than without us.
+    fn protected(&self) -> Prefixes {
+        let routes = self.routes.iter().filter(|route| route.table == MAIN);
+        Prefixes::new(routes.map(|route| route.prefix))
+    }
+
     /// A peer inside a protected prefix of the main table is reached by the best next hop that is not ours.
-    fn reach(&mut self, peer: IpAddr, kernel: &Kernel) {
-        let swallowed = self
-            .routes
-            .iter()
-            .any(|route| route.table == MAIN && route.prefix.contains(&peer));
-        if !swallowed {
+    fn reach(&mut self, peer: IpAddr, protected: &Prefixes, kernel: &Kernel) {
+        if !protected.contain(peer) {
             return;
         }
         match best(IpNet::from(peer), &kernel.routes) {
@@ -262,6 +269,28 @@ impl Plan {
         for tunnel in anywhere {
             self.rules.extend(services(tunnel.spec, kernel.ports, rule));
         }
+    }
+}
+
+/// Prefixes, of which there may be thousands, while there are few lengths.
+struct Prefixes {
+    all: BTreeSet<IpNet>,
+    lengths: BTreeSet<u8>,
+}
+
+impl Prefixes {
+    fn new(prefixes: impl Iterator<Item = IpNet>) -> Self {
+        let all: BTreeSet<IpNet> = prefixes.map(|prefix| prefix.trunc()).collect();
+        let lengths = all.iter().map(IpNet::prefix_len).collect();
+        Self { all, lengths }
+    }
+
+    /// Whether an address is in one of them.
+    fn contain(&self, address: IpAddr) -> bool {
+        let mut around = self.lengths.iter();
+        around.any(|length| {
+            IpNet::new(address, *length).is_ok_and(|net| self.all.contains(&net.trunc()))
+        })
     }
 }
 
