@@ -2,25 +2,35 @@
 //!
 //! A file of records, each of which is one step: the parts of the state that it has changed, whole. A step is there or it is
 //! not: a record that is cut off at the end of the file is one that its daemon died over, before it did anything of it. When
-//! the file has become long it is written anew, beside the old one, and takes its place in one step.
+//! the file has become long another one is written [beside](renewal) it, a piece with each step, and takes its place in one.
+//!
+//! It is written by the daemon's loop itself, for nothing may be sent before it is written, and on tmpfs only, where no write
+//! waits for a device.
 //!
 //! What cannot be trusted is not used: a file of another format or another boot, one that others could have written, one that
 //! is damaged. Then tunnels are negotiated anew.
 
+mod record;
+mod renewal;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use ring::digest;
 use serde::{Deserialize, Serialize};
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 use zeroize::Zeroizing;
+
+use self::{
+    record::{Records, replay},
+    renewal::{Limits, Renewal},
+};
 
 use crate::{
     dataplane::seam::TunnelId,
@@ -28,16 +38,10 @@ use crate::{
     wiped::Wiped,
 };
 
-/// What the file begins with.
-const MAGIC: [u8; 8] = *b"ipsec-xj";
 /// Another one whenever what is saved gets another meaning. A value that only gets another field with a default does not.
 const FORMAT: u32 = 2;
-/// Bytes that a file may grow by before it is written anew, however small it was.
-const LEAST_GROWTH: u64 = 1 << 20;
 /// The longest file that is read.
 const LONGEST: u64 = 1 << 30;
-/// Bytes of a record before its content: length, the same inverted, and checksum.
-const HEAD: usize = 16;
 /// Time until a journal that could not be written is tried again.
 const PAUSE: Duration = Duration::from_secs(10);
 
@@ -94,6 +98,7 @@ pub(super) struct Journal {
     path: PathBuf,
     owner: Owner,
     state: State,
+    limits: Limits,
 }
 
 #[derive(Debug)]
@@ -102,12 +107,11 @@ enum State {
     New,
     /// It is kept.
     Kept {
-        file: File,
-        /// Number of the next record.
-        number: u64,
-        bytes: u64,
-        /// Bytes that it had when it was written anew.
-        at_first: u64,
+        records: Records,
+        /// The length from which on another one is to take its place.
+        long: u64,
+        /// That one, while it is being written.
+        renewal: Option<Renewal>,
     },
     /// It could not be written, and there is none until then.
     Broken(Instant),
@@ -147,7 +151,12 @@ impl Journal {
         } else {
             State::Nowhere
         };
-        Self { path, owner, state }
+        Self {
+            path,
+            owner,
+            state,
+            limits: Limits::USUAL,
+        }
     }
 
     /// What the daemon before this one has left, if there is anything.
@@ -185,10 +194,7 @@ impl Journal {
         match &self.state {
             State::New => true,
             State::Broken(until) => *until <= Instant::now(),
-            State::Kept {
-                bytes, at_first, ..
-            } => *bytes > 2 * at_first + LEAST_GROWTH,
-            State::Nowhere => false,
+            State::Kept { .. } | State::Nowhere => false,
         }
     }
 
@@ -205,12 +211,18 @@ impl Journal {
             State::Nowhere => return,
             State::Broken(_) if !everything => return,
             State::Kept {
-                file,
-                number,
-                bytes,
-                ..
-            } if !everything => append(file, number, changes).map(|more| *bytes += more),
-            State::New | State::Broken(_) | State::Kept { .. } => self.write_anew(changes),
+                records, renewal, ..
+            } => {
+                let followed = renewal
+                    .as_mut()
+                    .map_or(Ok(()), |renewal| renewal.follow(changes));
+                let saved = records.append(changes);
+                if let Err(error) = followed {
+                    self.grow_on(&error);
+                }
+                saved
+            }
+            State::New | State::Broken(_) => self.begin(changes),
         };
         if let Err(error) = saved {
             error!(%error, path = %self.path.display(), "the journal cannot be written: if the daemon dies now, tunnels are negotiated anew");
@@ -219,36 +231,27 @@ impl Journal {
         }
     }
 
-    fn write_anew(&mut self, changes: &Changes) -> io::Result<()> {
-        let beside = self.path.with_extension("journal-new");
-        match fs::remove_file(&beside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)?;
-        file.write_all(&MAGIC)?;
-        let mut number = 0;
-        let mut bytes = MAGIC.len() as u64;
-        bytes += append_value(&mut file, &mut number, &self.owner)?;
-        bytes += append(&mut file, &mut number, changes)?;
-        fs::rename(&beside, &self.path)?;
+    fn begin(&mut self, everything: &Changes) -> io::Result<()> {
+        let mut records = Records::begin(create(&beside(&self.path))?, &self.owner)?;
+        records.append(everything)?;
+        self.put_in_place(records)
+    }
+
+    /// Has a file that was written beside the journal take its place.
+    fn put_in_place(&mut self, records: Records) -> io::Result<()> {
+        fs::rename(beside(&self.path), &self.path)?;
         self.state = State::Kept {
-            file,
-            number,
-            bytes,
-            at_first: bytes,
+            long: self.limits.long(records.bytes),
+            records,
+            renewal: None,
         };
         Ok(())
     }
 
     /// Nothing is to be come back to.
     pub(super) fn discard(&mut self) {
-        if let State::Kept { file, .. } = &self.state
-            && let Err(error) = file.set_len(0)
+        if let State::Kept { records, .. } = &self.state
+            && let Err(error) = records.file.set_len(0)
         {
             warn!(%error, "the journal cannot be emptied");
         }
@@ -259,121 +262,34 @@ impl Journal {
     }
 }
 
-/// Removes a journal.
-pub(super) fn discard(path: &Path) {
+/// Where a file is written before it takes a journal's place.
+fn beside(path: &Path) -> PathBuf {
+    path.with_extension("journal-new")
+}
+
+/// An empty file that only root can read.
+fn create(path: &Path) -> io::Result<File> {
+    remove(path)?;
+    OpenOptions::new()
+        .append(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Removes a journal, and what was to take its place.
+pub(super) fn discard(path: &Path) {
+    for path in [path, &beside(path)] {
+        if let Err(error) = remove(path) {
             warn!(%error, path = %path.display(), "the journal cannot be removed");
         }
-        _ => {}
-    }
-}
-
-fn append(file: &mut File, number: &mut u64, changes: &Changes) -> io::Result<u64> {
-    let parts: Vec<(Key, Option<&serde_bytes::Bytes>)> = changes
-        .iter()
-        .map(|(key, part)| (*key, part.as_ref().map(|part| part.bytes().into())))
-        .collect();
-    append_value(file, number, &parts)
-}
-
-fn append_value<T: Serialize>(file: &mut File, number: &mut u64, value: &T) -> io::Result<u64> {
-    let mut record = Wiped::new();
-    record.extend(&[0; HEAD]);
-    record.append(value)?;
-    let content = record.bytes().get(HEAD..).unwrap_or_default();
-    let sum = checksum(*number, content);
-    let length = u32::try_from(content.len()).map_err(|_| io::ErrorKind::InvalidData)?;
-    let head = [&length.to_be_bytes()[..], &(!length).to_be_bytes(), &sum].concat();
-    for (to, from) in record.bytes_mut().iter_mut().zip(head) {
-        *to = from;
-    }
-    // In one call. What is cut off all the same, by a death in its middle, is told by its length.
-    file.write_all(record.bytes())?;
-    *number += 1;
-    Ok(record.bytes().len() as u64)
-}
-
-fn checksum(number: u64, content: &[u8]) -> [u8; 8] {
-    let mut context = digest::Context::new(&digest::SHA256);
-    context.update(&number.to_be_bytes());
-    context.update(content);
-    let mut sum = [0; 8];
-    for (to, from) in sum.iter_mut().zip(context.finish().as_ref()) {
-        *to = *from;
-    }
-    sum
-}
-
-/// The state that all records together make up.
-fn replay(bytes: &[u8], owner: &Owner) -> Result<Contents, Unusable> {
-    let mut rest = bytes.strip_prefix(&MAGIC).ok_or(Unusable::Foreign)?;
-    let mut contents = Contents::new();
-    let mut number = 0;
-    while !rest.is_empty() {
-        let place = bytes.len() - rest.len();
-        let (content, after) = match record(rest, number) {
-            Record::Whole(content, after) => (content, after),
-            Record::CutOff => {
-                info!(
-                    at = place,
-                    "the journal ends in the middle of a step, which is left out"
-                );
-                break;
-            }
-            Record::Damaged => return Err(Unusable::Damaged(place)),
-        };
-        if number == 0 {
-            let found: Owner = rmp_serde::from_slice(content).map_err(|_| Unusable::Foreign)?;
-            if found != *owner {
-                return Err(Unusable::Foreign);
-            }
-        } else {
-            let parts: Vec<(Key, Option<serde_bytes::ByteBuf>)> = rmp_serde::from_slice(content)
-                .map_err(|error| Unusable::Senseless(error.to_string()))?;
-            for (key, part) in parts {
-                match part {
-                    Some(part) => contents.insert(key, Zeroizing::new(part.into_vec())),
-                    None => contents.remove(&key),
-                };
-            }
-        }
-        number += 1;
-        rest = after;
-    }
-    Ok(contents)
-}
-
-/// What bytes begin with.
-enum Record<'a> {
-    /// A record with this content, and what comes after it.
-    Whole(&'a [u8], &'a [u8]),
-    /// A record whose end is missing.
-    CutOff,
-    /// No record that was ever written.
-    Damaged,
-}
-
-fn record(bytes: &[u8], number: u64) -> Record<'_> {
-    let numbers = || {
-        let (length, rest) = bytes.split_first_chunk()?;
-        let (inverted, rest) = rest.split_first_chunk()?;
-        let (sum, rest) = rest.split_first_chunk::<8>()?;
-        let (length, inverted) = (u32::from_be_bytes(*length), u32::from_be_bytes(*inverted));
-        Some((length, inverted, sum, rest))
-    };
-    let Some((length, inverted, sum, rest)) = numbers() else {
-        return Record::CutOff;
-    };
-    if length != !inverted {
-        return Record::Damaged;
-    }
-    match usize::try_from(length).map(|length| rest.split_at_checked(length)) {
-        Ok(Some((content, after))) if *sum == checksum(number, content) => {
-            Record::Whole(content, after)
-        }
-        Ok(None) => Record::CutOff,
-        Ok(Some(_)) | Err(_) => Record::Damaged,
     }
 }
 

@@ -4,14 +4,17 @@
 //! and none that the journal does not know was ever used. The data plane is asked to go on with all of them; it refuses those
 //! of which nobody knows how far they have counted, and those are deleted at the peer and negotiated anew.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
 use tracing::{info, warn};
 
 use super::{
     gateway::{Gateway, StartError},
     journal::{Changes, Contents, Journal, Key, Unusable},
-    tunnels::{Names, RestoredPair, SavedTunnel, Sends},
+    tunnels::{Names, RestoredPair, SavedTunnel, Sends, Tunnels},
 };
 use crate::{
     config::Tunnel,
@@ -23,6 +26,7 @@ use crate::{
         rng::SystemRandom,
         time::Time,
     },
+    wiped::Wiped,
 };
 
 /// What the daemon before this one has left.
@@ -262,7 +266,12 @@ impl Gateway {
         }
         match self.changes() {
             Ok(changes) if changes.is_empty() => {}
-            Ok(changes) => self.journal.save(&changes),
+            Ok(changes) => {
+                self.journal.save(&changes);
+                let (endpoint, tunnels) = (&self.endpoint, &self.tunnels);
+                self.journal
+                    .renew(|after| all_parts(endpoint, tunnels, after));
+            }
             Err(error) => {
                 // What is not written down must not be come back to.
                 warn!(%error, "the state cannot be written down: if the daemon dies now, tunnels are negotiated anew");
@@ -271,11 +280,29 @@ impl Gateway {
         }
     }
 
-    fn changes(&mut self) -> std::io::Result<Changes> {
+    fn changes(&mut self) -> io::Result<Changes> {
         let mut changes = self.tunnels.changes()?;
         for (part, content) in self.endpoint.changes()? {
             changes.push((Key::Endpoint(part), content));
         }
         Ok(changes)
     }
+}
+
+/// All that is saved, after a key and in the order of keys.
+fn all_parts<'a>(
+    endpoint: &'a Endpoint,
+    tunnels: &'a Tunnels,
+    after: Option<Key>,
+) -> impl Iterator<Item = (Key, io::Result<Wiped>)> + 'a {
+    let of_endpoint = match after {
+        None => Some(None),
+        Some(Key::Endpoint(part)) => Some(Some(part)),
+        Some(Key::Names | Key::Tunnel(_) | Key::Pair(_)) => None,
+    };
+    of_endpoint
+        .into_iter()
+        .flat_map(|after| endpoint.parts_after(after))
+        .map(|(part, content)| (Key::Endpoint(part), content))
+        .chain(tunnels.parts_after(after))
 }

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::IpAddr,
+    ops::Bound,
     time::Instant,
 };
 
@@ -173,6 +174,8 @@ pub(super) struct RestoredPair {
 pub(super) struct Tunnels {
     by_id: BTreeMap<TunnelId, TunnelState>,
     owners: HashMap<SaId, (TunnelId, ChildSaId)>,
+    /// The tunnels of pairs.
+    homes: BTreeMap<ChildSaId, TunnelId>,
     ledger: HashMap<SaId, Ledger>,
     names: Names,
     /// What is not saved as it is now.
@@ -231,6 +234,30 @@ impl Tunnels {
             .collect()
     }
 
+    /// All parts after a key, in their order.
+    pub(super) fn parts_after(
+        &self,
+        after: Option<Key>,
+    ) -> impl Iterator<Item = (Key, io::Result<Wiped>)> {
+        use Bound::{Excluded, Unbounded};
+        let (names, tunnels, pairs) = match after {
+            None | Some(Key::Endpoint(_)) => (Some(Key::Names), Some(Unbounded), Unbounded),
+            Some(Key::Names) => (None, Some(Unbounded), Unbounded),
+            Some(Key::Tunnel(id)) => (None, Some(Excluded(id)), Unbounded),
+            Some(Key::Pair(sa)) => (None, None, Excluded(sa)),
+        };
+        let tunnels = tunnels
+            .into_iter()
+            .flat_map(|after| self.by_id.range((after, Unbounded)))
+            .map(|(id, _)| Key::Tunnel(*id));
+        let pairs = self.homes.range((pairs, Unbounded));
+        names
+            .into_iter()
+            .chain(tunnels)
+            .chain(pairs.map(|(sa, _)| Key::Pair(*sa)))
+            .filter_map(|key| Some((key, self.saved(key)?)))
+    }
+
     fn saved(&self, key: Key) -> Option<io::Result<Wiped>> {
         match key {
             Key::Endpoint(_) => None,
@@ -246,11 +273,9 @@ impl Tunnels {
                 })
             }),
             Key::Pair(sa) => {
-                let tunnel = self.by_id.iter().find_map(|(id, tunnel)| {
-                    let (tunnel, pair) = (*id, tunnel.pairs.get(&sa)?);
-                    Some(SavedPair { tunnel, pair })
-                });
-                tunnel.map(|pair| Wiped::of(&pair))
+                let tunnel = *self.homes.get(&sa)?;
+                let pair = self.by_id.get(&tunnel)?.pairs.get(&sa)?;
+                Some(Wiped::of(&SavedPair { tunnel, pair }))
             }
         }
     }
@@ -270,8 +295,8 @@ impl Tunnels {
             self.changed.insert(Key::Tunnel(id));
             self.changed
                 .extend(tunnel.pairs.keys().map(|sa| Key::Pair(*sa)));
-            for pair in tunnel.pairs.values() {
-                self.forget(pair);
+            for (sa, pair) in &tunnel.pairs {
+                self.forget(*sa, pair);
             }
         }
     }
@@ -322,27 +347,29 @@ impl Tunnels {
             self.changed.insert(Key::Pair(sa));
             self.owners.insert(pair.ours.id, (id, sa));
             self.owners.insert(pair.theirs.id, (id, sa));
+            self.homes.insert(sa, id);
             tunnel.pairs.insert(sa, pair);
         }
     }
 
     /// A pair, and the tunnel that it belongs to.
     pub(super) fn pair_mut(&mut self, sa: ChildSaId) -> Option<(TunnelId, &mut SaPair)> {
+        let id = *self.homes.get(&sa)?;
         self.changed.insert(Key::Pair(sa));
-        self.by_id
-            .iter_mut()
-            .find_map(|(id, tunnel)| Some((*id, tunnel.pairs.get_mut(&sa)?)))
+        let pair = self.by_id.get_mut(&id)?.pairs.get_mut(&sa)?;
+        Some((id, pair))
     }
 
     /// Takes a pair out.
     pub(super) fn removed(&mut self, id: TunnelId, sa: ChildSaId) -> Option<SaPair> {
         let pair = self.by_id.get_mut(&id)?.pairs.remove(&sa)?;
         self.changed.insert(Key::Pair(sa));
-        self.forget(&pair);
+        self.forget(sa, &pair);
         Some(pair)
     }
 
-    fn forget(&mut self, pair: &SaPair) {
+    fn forget(&mut self, sa: ChildSaId, pair: &SaPair) {
+        self.homes.remove(&sa);
         for sa in [pair.ours.id, pair.theirs.id] {
             self.owners.remove(&sa);
             self.ledger.remove(&sa);

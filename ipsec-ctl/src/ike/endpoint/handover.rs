@@ -11,6 +11,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     time::Duration,
 };
 
@@ -171,6 +172,12 @@ impl Handover {
     /// All of them.
     pub(super) fn all(&self) -> impl Iterator<Item = ChildSaId> {
         self.pairs.keys().copied()
+    }
+
+    /// Those after one.
+    pub(super) fn after(&self, sa: Bound<ChildSaId>) -> impl Iterator<Item = (ChildSaId, &Pair)> {
+        let after = self.pairs.range((sa, Bound::Unbounded));
+        after.map(|(sa, pair)| (*sa, pair))
     }
 
     /// Puts a pair back that was saved.

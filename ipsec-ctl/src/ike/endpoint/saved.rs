@@ -6,7 +6,7 @@
 //! requests are repeated, and responses when they are asked for again, byte by byte. Peers are not saved either, for they
 //! hold the operator's secrets: the caller tells them again with [`Command::SetPeer`](super::Command::SetPeer).
 
-use std::{collections::VecDeque, io, net::IpAddr};
+use std::{collections::VecDeque, io, net::IpAddr, ops::Bound};
 
 use serde::{Deserialize, Serialize};
 
@@ -87,12 +87,7 @@ impl Endpoint {
     ///
     /// A part cannot be written down.
     pub fn changes(&mut self) -> io::Result<Vec<(Part, Option<Wiped>)>> {
-        let common = Common {
-            next: self.shared.next,
-            addresses: &self.shared.addresses,
-            events: &self.shared.events,
-        };
-        let common = Wiped::of(&common)?;
+        let common = self.save_common()?;
         let mut changes = Vec::new();
         if self.saved_common != common {
             changes.push((Part::Common, Some(common.clone())));
@@ -107,6 +102,35 @@ impl Endpoint {
             changes.push((Part::Pair(id), saved));
         }
         Ok(changes)
+    }
+
+    /// All parts after one, in their order, as they are now. They are none the more saved by this.
+    pub fn parts_after(
+        &self,
+        after: Option<Part>,
+    ) -> impl Iterator<Item = (Part, io::Result<Wiped>)> {
+        use Bound::{Excluded, Unbounded};
+        let (sas, pairs) = match after {
+            None | Some(Part::Common) => (Some(Unbounded), Unbounded),
+            Some(Part::Ike(id)) => (Some(Excluded(id)), Unbounded),
+            Some(Part::Pair(id)) => (None, Excluded(id)),
+        };
+        let common = after.is_none().then(|| (Part::Common, self.save_common()));
+        let sas = sas
+            .into_iter()
+            .flat_map(|after| self.sas.range((after, Unbounded)))
+            .map(|(id, sa)| (Part::Ike(*id), self.save_ike(sa)));
+        let pairs = self.shared.handover.after(pairs);
+        let pairs = pairs.map(|(id, pair)| (Part::Pair(id), Wiped::of(pair)));
+        common.into_iter().chain(sas).chain(pairs)
+    }
+
+    fn save_common(&self) -> io::Result<Wiped> {
+        Wiped::of(&Common {
+            next: self.shared.next,
+            addresses: &self.shared.addresses,
+            events: &self.shared.events,
+        })
     }
 
     fn save_ike(&self, sa: &IkeSa) -> io::Result<Wiped> {

@@ -7,15 +7,17 @@ use std::{
 
 use super::{
     network::Conditions,
-    pair::{A, B, Pair, Side, limits, peer},
+    pair::{A, B, PEER, Pair, Side, limits, peer},
+    upkeep::with_children,
 };
 use crate::ike::{
     Identity,
     config::{EndpointConfig, PeerId, Remote, Role},
     endpoint::Part,
-    event::Command,
+    event::{Command, Rekey},
     sa::IkeSa,
 };
+use crate::wiped::Wiped;
 
 const FLOOD: u32 = 50_000;
 
@@ -115,6 +117,40 @@ fn one_more_peer_of_a_tunnel_for_many_has_nothing_done_about_the_others() {
     pair.assert_agreement(PEERS as usize);
     for side in [&mut pair.a, &mut pair.b] {
         assert_eq!(changed(side).len(), 2, "the old one and the new one");
+    }
+}
+
+/// Parts as they are saved, without those that are gone.
+fn contents(parts: impl IntoIterator<Item = (Part, Option<Wiped>)>) -> Vec<(Part, Vec<u8>)> {
+    let there = parts.into_iter().filter_map(|(part, content)| {
+        let content = content?;
+        Some((part, content.bytes().to_vec()))
+    });
+    there.collect()
+}
+
+#[test]
+fn what_is_copied_from_any_part_on_is_all_that_is_saved_after_it() {
+    let mut pair = Pair::new(1, Conditions::PERFECT);
+    for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
+        pair.set_peer(remote, with_children(remote, role, 3));
+    }
+    pair.up_a();
+    pair.run(Duration::from_secs(5));
+    pair.tell_a(Command::Rekey(PEER, Rekey::Ike));
+    pair.run(Duration::from_millis(1));
+    let endpoint = &mut pair.a.endpoint;
+    endpoint.everything_has_changed();
+    let mut saved = contents(endpoint.changes().unwrap());
+    saved.sort();
+    assert!(saved.len() >= 5, "{}", saved.len());
+    let copied = |after| {
+        let parts = endpoint.parts_after(after);
+        contents(parts.map(|(part, content)| (part, Some(content.unwrap()))))
+    };
+    assert_eq!(copied(None), saved);
+    for (place, (part, _)) in saved.iter().enumerate() {
+        assert_eq!(copied(Some(*part)), saved[place + 1..], "after {part:?}");
     }
 }
 
