@@ -97,6 +97,7 @@ impl IkeSa {
             children_since: None,
             made_by_last_answer: None,
             child_failures: 0,
+            busy: None,
             heard: now,
             sent: now,
             younger: None,

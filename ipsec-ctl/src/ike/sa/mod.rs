@@ -285,12 +285,14 @@ pub(super) struct IkeSa {
     children_since: Option<Time>,
     /// Children refused since one came up last.
     child_failures: u32,
+    /// The peer is at work on something else, and what we ask must wait.
+    busy: Option<Box<rekey::Busy>>,
     /// The pair that our answer to the peer's last request has made: whether the peer has that is not known before its next.
     made_by_last_answer: Option<ChildSaId>,
     heard: Time,
     sent: Time,
     /// One that was started at once with this one, and goes if this one is heard of again.
-    younger: Option<IkeSaId>,
+    younger: Option<Box<IkeSaId>>,
     /// When it is replaced and when it ends, once it is authenticated.
     life: Option<Lifetime>,
     succession: Succession,
@@ -578,7 +580,7 @@ impl IkeSa {
 
     /// Of two that were started at once this is the one to stay, if the peer still knows it.
     pub(super) fn stays_if_alive(&mut self, shared: &mut Shared, now: Time, younger: IkeSaId) {
-        self.younger = Some(younger);
+        self.younger = Some(Box::new(younger));
         self.ask_if_alive(shared, now);
     }
 

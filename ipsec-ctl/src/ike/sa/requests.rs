@@ -280,8 +280,10 @@ impl IkeSa {
         };
         // From here on the message is the peer's own.
         self.heard = now;
-        let yields = self.younger.take().map(FollowUp::Yields);
-        shared.follow_ups.extend(yields);
+        let yields = self.younger.take();
+        shared
+            .follow_ups
+            .extend(yields.map(|younger| FollowUp::Yields(*younger)));
         if may_sync && let Some(numbers) = Self::proposed(encrypted.first, &chain) {
             self.synchronize(shared, now, bytes, numbers);
             return self.next_task(shared, now);

@@ -13,6 +13,7 @@ use crate::ike::{
         payload::{Delete, Nonce, Notify, NotifyType, Protocol, TrafficSelectors},
     },
     negotiate::proposals,
+    time::Time,
 };
 
 const PEER: PeerId = PeerId(1);
@@ -164,6 +165,38 @@ fn a_peer_that_takes_no_more_sas_is_asked_again_with_growing_pauses() {
     assert!((3..=7).contains(&requests), "{requests} within a minute");
     assert_eq!(failures(&bench, FailureReason::NoAdditionalSas), requests);
     assert_eq!(bench.endpoint.established().count(), 1);
+}
+
+// RFC 7296 section 2.25: who hears TEMPORARY_FAILURE does not ask again at once, but for some minutes; then both sides are out
+// of step, and the IKE SA is closed.
+#[test]
+fn a_peer_that_is_busy_is_asked_again_for_some_minutes_and_then_left() {
+    for what in [Rekey::Children, Rekey::Ike] {
+        let (mut bench, mut puppet) = connected();
+        bench.command(Command::Rekey(PEER, what));
+        let (begun, mut last, mut requests) = (bench.now, None::<Time>, 0);
+        let left = loop {
+            let waited = bench.now - begun;
+            if let Some(request) = bench.sent.last() {
+                if asked(&puppet, request).1 == Asked::Fresh {
+                    break waited;
+                }
+                let since = last.replace(bench.now).map(|last| bench.now - last);
+                let pause = Duration::from_secs(1);
+                assert!(since.is_none_or(|since| since > pause), "{since:?}");
+                requests += 1;
+                refuse(&mut bench, &mut puppet, NotifyType::TEMPORARY_FAILURE);
+                continue;
+            }
+            assert!(waited < Duration::from_secs(300), "it is never left");
+            bench.sent.clear();
+            bench.wait(Duration::from_millis(100));
+        };
+        assert!(left >= Duration::from_secs(120), "{left:?} is too early");
+        assert!((40..100).contains(&requests), "{requests} requests");
+        assert_eq!(lost_children(&bench), [], "what is there goes on");
+        assert_eq!(bench.endpoint.established().count(), 1);
+    }
 }
 
 /// The peer asks for a child; returns what the answer says.

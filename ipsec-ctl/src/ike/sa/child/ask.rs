@@ -143,6 +143,7 @@ impl IkeSa {
         pending: PendingChild,
         response: &ChildResponse<'_>,
     ) {
+        self.note_busy(now, response);
         let (offer, nonce, ke) = match response {
             ChildResponse::Refused(notifies) => {
                 return self.child_refused(shared, now, pending, notifies);
@@ -365,7 +366,7 @@ impl IkeSa {
             return;
         }
         // RFC 7296 section 2.25: the peer is at work on the IKE SA, and there is nothing wrong.
-        if error == Some(NotifyType::TEMPORARY_FAILURE) {
+        if self.is_only_busy() {
             return self.child_not_had(shared, now, &pending.replaces);
         }
         let reason = match error {
@@ -383,6 +384,9 @@ impl IkeSa {
             selectors::describe(&pending.remote)
         );
         self.fail(shared, Stage::Child, reason, detail);
+        if error == Some(NotifyType::TEMPORARY_FAILURE) {
+            return self.leave_busy_peer(shared, now);
+        }
         self.child_not_had(shared, now, &pending.replaces);
     }
 }

@@ -388,7 +388,7 @@ impl IkeSa {
         error: Option<NotifyType>,
     ) -> bool {
         let theirs = match error {
-            Some(NotifyType::TEMPORARY_FAILURE) => Theirs::IsBusy,
+            Some(NotifyType::TEMPORARY_FAILURE) if self.is_only_busy() => Theirs::IsBusy,
             Some(NotifyType::CHILD_SA_NOT_FOUND) => Theirs::HasNone,
             Some(_) | None => Theirs::Refuses,
         };

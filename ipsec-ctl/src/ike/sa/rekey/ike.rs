@@ -383,6 +383,7 @@ impl IkeSa {
         pending: PendingIke,
         response: &ChildResponse<'_>,
     ) {
+        self.note_busy(now, response);
         let (sa, nonce, ke) = match response {
             ChildResponse::Refused(notifies) => {
                 return self.heir_refused(shared, now, pending, notifies);
@@ -519,7 +520,7 @@ impl IkeSa {
             return self.begin_ike(shared, pending);
         }
         shared.release_ike_spi(pending.spi);
-        let theirs = if error == Some(NotifyType::TEMPORARY_FAILURE) {
+        let theirs = if self.is_only_busy() {
             Theirs::IsBusy
         } else {
             Theirs::Refuses
@@ -558,6 +559,9 @@ impl IkeSa {
                 if let Some(life) = &mut self.life {
                     life.soft = Some(at);
                 }
+            }
+            Decision::Reauthenticate if self.busy.is_some() => {
+                self.leave_busy_peer(shared, now);
             }
             Decision::Reauthenticate => self.ask_for_replacement(shared),
             Decision::Yield => self.yield_to(shared, now, pending),

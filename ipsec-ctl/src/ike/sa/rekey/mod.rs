@@ -1,6 +1,7 @@
 //! Rekeying in place (RFC 7296 sections 1.3.2, 1.3.3 and 2.8): one SA takes the place of another, and whatever both sides
 //! do at once, both end with the same one.
 
+mod busy;
 mod child;
 mod collision;
 mod ike;
@@ -8,6 +9,7 @@ mod ike;
 use serde::{Deserialize, Serialize};
 
 pub(super) use {
+    busy::Busy,
     child::Replaced,
     ike::{IkeJob, PendingIke},
 };
