@@ -471,3 +471,22 @@ fn a_peer_that_never_deletes_what_it_has_replaced_is_relieved_of_it() {
     assert_eq!(pair.a.in_force().len(), 1);
     assert_eq!(pair.a.used.len(), 1);
 }
+
+#[test]
+fn a_peer_that_never_deletes_the_ike_sa_that_it_has_replaced_is_relieved_of_it() {
+    let mut pair = tunnel(1, 1, Conditions::PERFECT);
+    rekey(&mut pair, false, Rekey::Ike);
+    while pair.a.endpoint.len() < 2 {
+        pair.run(Duration::from_millis(1));
+    }
+    // B has the answer, and none of its requests arrives from here on.
+    pair.run(Duration::from_millis(3));
+    pair.b.mute = true;
+    pair.run(Duration::from_secs(45));
+    assert_eq!(pair.a.endpoint.len(), 2);
+    // It is deleted then, and nobody confirms that.
+    pair.run(Duration::from_secs(90));
+    assert_eq!(pair.a.endpoint.len(), 1);
+    assert_eq!((pair.a.in_force().len(), pair.a.used.len()), (1, 1));
+    assert_eq!((pair.a.ike_ups, pair.a.ike_rekeys), (1, 1));
+}

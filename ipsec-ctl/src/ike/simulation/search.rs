@@ -12,16 +12,14 @@ use ipsec_common::Spi;
 
 use super::{
     network::Conditions,
-    pair::{A, B, PEER, Pair, Side},
+    pair::{A, B, PEER, Pair, Side, acquire},
     upkeep::with_children,
 };
 use crate::ike::{
-    config::Role,
+    config::{ChildName, Role},
     event::{Command, Rekey},
 };
 
-/// Decisions that differ from the usual one, unless the environment says otherwise.
-const DEVIATIONS: usize = 2;
 /// Steps within which they do.
 const STEPS: usize = 16;
 /// No datagram and no key exchange takes longer.
@@ -33,31 +31,95 @@ const MOST_STEPS: usize = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     Nothing,
+    /// An IKE SA, where there is none.
+    Begin,
     RekeyChild,
     RekeyIke,
     /// First the child, then the IKE SA.
     RekeyBoth,
     DeleteChild,
+    /// The child goes as soon as another is there in its place, by the hand of who should leave that to the other side.
+    DeleteTooEarly,
+    /// One child more.
+    CreateChild,
+    /// The IKE SA goes, and a fresh one is welcome.
+    DeleteIke,
 }
 
 use Wish::*;
 
+/// How things are when both sides begin to want something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Setting {
+    /// A tunnel is up that A has started.
+    Up,
+    /// As before, and each side would use a group that the other one does not take.
+    OtherGroups,
+    /// Nothing is up, and either side may begin.
+    Down,
+}
+
+use Setting::*;
+
+impl Setting {
+    /// Decisions that differ from the usual one, unless the environment says otherwise: `IPSEC_XDP_DEVIATIONS=2`.
+    fn deviations(self) -> usize {
+        match self {
+            Up => 2,
+            OtherGroups | Down => 1,
+        }
+    }
+}
+
 /// What both sides want at once. Each is run with the sides exchanged, too.
-const SCENARIOS: &[(&str, Wish, Wish)] = &[
-    ("a child is rekeyed by one side", RekeyChild, Nothing),
-    ("a child is rekeyed by both sides", RekeyChild, RekeyChild),
-    ("an IKE SA is rekeyed by one side", RekeyIke, Nothing),
-    ("an IKE SA is rekeyed by both sides", RekeyIke, RekeyIke),
-    ("an IKE SA is rekeyed beside a child", RekeyIke, RekeyChild),
-    ("both are rekeyed beside a child", RekeyBoth, RekeyChild),
-    ("both are rekeyed beside an IKE SA", RekeyBoth, RekeyIke),
-    ("a child is rekeyed and deleted", RekeyChild, DeleteChild),
-    ("a child is deleted by both sides", DeleteChild, DeleteChild),
+// RFC 7296 section 2.25, with what else may go wrong in each of these.
+const SCENARIOS: &[(&str, Setting, Wish, Wish)] = &[
+    ("both sides start", Down, Begin, Begin),
+    ("a child is rekeyed by one side", Up, RekeyChild, Nothing),
+    ("a child is rekeyed by both", Up, RekeyChild, RekeyChild),
+    ("an IKE SA is rekeyed by one side", Up, RekeyIke, Nothing),
+    ("an IKE SA is rekeyed by both", Up, RekeyIke, RekeyIke),
     (
-        "an IKE SA is rekeyed beside a Delete",
+        "an IKE SA and a child are rekeyed",
+        Up,
         RekeyIke,
+        RekeyChild,
+    ),
+    ("both are rekeyed beside a child", Up, RekeyBoth, RekeyChild),
+    ("both are rekeyed beside an IKE SA", Up, RekeyBoth, RekeyIke),
+    (
+        "a child is rekeyed and deleted",
+        Up,
+        RekeyChild,
         DeleteChild,
     ),
+    ("a child is deleted by both", Up, DeleteChild, DeleteChild),
+    ("a Delete comes too early", Up, RekeyChild, DeleteTooEarly),
+    ("an IKE SA and a Delete", Up, RekeyIke, DeleteChild),
+    ("a child is made by both", Up, CreateChild, CreateChild),
+    ("one is made, one rekeyed", Up, CreateChild, RekeyChild),
+    ("one is made, one deleted", Up, CreateChild, DeleteChild),
+    ("an IKE SA and a new child", Up, RekeyIke, CreateChild),
+    ("an IKE SA is rekeyed and deleted", Up, RekeyIke, DeleteIke),
+    ("an IKE SA goes under a child", Up, DeleteIke, RekeyChild),
+    (
+        "an IKE SA goes under a new child",
+        Up,
+        DeleteIke,
+        CreateChild,
+    ),
+    ("an IKE SA and its child go", Up, DeleteIke, DeleteChild),
+    ("an IKE SA is deleted by both", Up, DeleteIke, DeleteIke),
+    ("a group is refused", OtherGroups, RekeyChild, Nothing),
+    ("both are refused", OtherGroups, RekeyChild, RekeyChild),
+    (
+        "an IKE SA's group is refused",
+        OtherGroups,
+        RekeyIke,
+        Nothing,
+    ),
+    ("both IKE SAs' are refused", OtherGroups, RekeyIke, RekeyIke),
+    ("both kinds are refused", OtherGroups, RekeyIke, RekeyChild),
 ];
 
 /// One thing that may happen next.
@@ -108,63 +170,114 @@ fn act(pair: &mut Pair, what: Move) {
     }
 }
 
+fn tell(pair: &mut Pair, at_a: bool, command: Command) {
+    if at_a {
+        pair.tell_a(command);
+    } else {
+        pair.tell_b(command);
+    }
+}
+
 fn wish(pair: &mut Pair, at_a: bool, wish: Wish) {
-    let mut tell = |command| {
-        if at_a {
-            pair.tell_a(command);
-        } else {
-            pair.tell_b(command);
-        }
-    };
+    let (side, address) = if at_a { (&pair.a, A) } else { (&pair.b, B) };
     match wish {
-        Nothing => {}
-        RekeyChild => tell(Command::Rekey(PEER, Rekey::Children)),
-        RekeyIke => tell(Command::Rekey(PEER, Rekey::Ike)),
+        Nothing | DeleteTooEarly => {}
+        Begin => tell(pair, at_a, Command::Up(PEER, (address, 500).into())),
+        RekeyChild => tell(pair, at_a, Command::Rekey(PEER, Rekey::Children)),
+        RekeyIke => tell(pair, at_a, Command::Rekey(PEER, Rekey::Ike)),
         RekeyBoth => {
-            tell(Command::Rekey(PEER, Rekey::Children));
-            tell(Command::Rekey(PEER, Rekey::Ike));
+            tell(pair, at_a, Command::Rekey(PEER, Rekey::Children));
+            tell(pair, at_a, Command::Rekey(PEER, Rekey::Ike));
         }
         DeleteChild => {
-            let side = if at_a { &pair.a } else { &pair.b };
             let sa = side.child(0).unwrap().sa;
-            if at_a {
-                pair.tell_a(Command::Expired(sa));
+            tell(pair, at_a, Command::Expired(sa));
+        }
+        CreateChild => tell(pair, at_a, acquire(1, address)),
+        DeleteIke => {
+            tell(pair, at_a, Command::Down(PEER));
+            let again = if at_a {
+                Command::Up(PEER, (address, 500).into())
             } else {
-                pair.tell_b(Command::Expired(sa));
-            }
+                Command::Allow(PEER)
+            };
+            tell(pair, at_a, again);
         }
     }
 }
+
+/// Who is to delete too early does so as soon as there is something in the place of what goes.
+fn delete_too_early(pair: &mut Pair, early: &mut [bool; 2]) {
+    for (waits, at_a) in early.iter_mut().zip([true, false]) {
+        let side = if at_a { &pair.a } else { &pair.b };
+        let mut of_child = side.installed.values().filter(|up| up.child == CHILD);
+        let old = of_child.next().map(|up| up.sa);
+        if let (true, Some(old), Some(_)) = (*waits, old, of_child.next()) {
+            *waits = false;
+            tell(pair, at_a, Command::Expired(old));
+        }
+    }
+}
+
+/// The child that is there all the time.
+const CHILD: ChildName = ChildName(0);
 
 /// Whatever is sent now is received, and something can be sent.
 fn assert_no_loss(pair: &Pair) {
     for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
         let inbound: BTreeSet<Spi> = to.installed.values().map(|up| up.spi_in).collect();
-        assert_eq!(
-            from.used.len(),
-            1,
-            "{} has nothing to send on",
-            from.address
-        );
+        let used = from.used.get(&CHILD);
+        assert!(used.is_some(), "{} has nothing to send on", from.address);
         assert!(
-            from.used.values().all(|spi| inbound.contains(spi)),
+            used.is_some_and(|spi| inbound.contains(spi)),
             "{} sends what the peer does not receive",
             from.address
         );
     }
 }
 
-/// Runs one list of decisions; tells how many choices each step had.
-fn run(at_a: Wish, at_b: Wish, decisions: &[usize]) -> Vec<usize> {
+/// Both ends, before anybody wants anything.
+fn set_up(setting: Setting, children: u32) -> Pair {
     let mut pair = Pair::new(1, Conditions::PERFECT);
-    for (remote, role) in [(B, Role::Initiate), (A, Role::Respond)] {
+    let role_of_b = match setting {
+        Up | OtherGroups => Role::Respond,
+        Down => Role::Initiate,
+    };
+    for (remote, role) in [(B, Role::Initiate), (A, role_of_b)] {
         pair.set_peer(remote, with_children(remote, role, 1));
+    }
+    if setting == Down {
+        return pair;
     }
     pair.up_a();
     pair.run(Duration::from_secs(12));
+    for (remote, role) in [(B, Role::Initiate), (A, role_of_b)] {
+        let mut config = with_children(remote, role, children);
+        if setting == OtherGroups {
+            let (ike, esp) = if remote == B {
+                ("x25519-ecp256", "ecp256-x25519")
+            } else {
+                ("ecp256", "ecp384-x25519")
+            };
+            config.proposals = vec![format!("aes256gcm16-prfsha256-{ike}").parse().unwrap()];
+            config.children[0].proposals = vec![format!("aes256gcm16-{esp}").parse().unwrap()];
+        }
+        pair.set_peer(remote, config);
+    }
+    pair
+}
+
+/// Runs one list of decisions; tells how many choices each step had.
+fn run(setting: Setting, at_a: Wish, at_b: Wish, decisions: &[usize]) -> Vec<usize> {
+    let wishes = [at_a, at_b];
+    let children = 1 + u32::from(wishes.contains(&CreateChild));
+    let mut pair = set_up(setting, children);
     wish(&mut pair, true, at_a);
     wish(&mut pair, false, at_b);
-    let is_deleted = at_a == DeleteChild || at_b == DeleteChild;
+    let mut early = [at_a == DeleteTooEarly, at_b == DeleteTooEarly];
+    let stays = !wishes
+        .iter()
+        .any(|wish| matches!(wish, Begin | DeleteChild | DeleteTooEarly | DeleteIke));
     let mut choices = Vec::new();
     for step in 0..MOST_STEPS {
         let moves = moves(&pair);
@@ -174,40 +287,62 @@ fn run(at_a: Wish, at_b: Wish, decisions: &[usize]) -> Vec<usize> {
         choices.push(moves.len());
         let decision = decisions.get(step).copied().unwrap_or(0);
         act(&mut pair, moves[decision]);
+        delete_too_early(&mut pair, &mut early);
         if step % 3 == 0 {
             pair.a.endpoint.save_and_restore();
             pair.b.endpoint.save_and_restore();
         }
-        if !is_deleted {
+        if stays {
             assert_no_loss(&pair);
         }
     }
+    for _ in 0..5000 {
+        if early == [false, false] {
+            break;
+        }
+        pair.run(Duration::from_millis(1));
+        delete_too_early(&mut pair, &mut early);
+    }
+    assert_eq!(early, [false, false], "nothing was deleted too early");
     for _ in 0..100 {
         pair.run(Duration::from_secs(1));
-        if !is_deleted {
+        for (at_a, what) in [(true, at_a), (false, at_b)] {
+            let side = if at_a { &pair.a } else { &pair.b };
+            // Packets go on asking.
+            if what == CreateChild && side.child(1).is_none() {
+                wish(&mut pair, at_a, what);
+            }
+        }
+        if stays {
             assert_no_loss(&pair);
         }
     }
-    pair.assert_agreement(1);
+    let children = usize::try_from(children).unwrap();
+    pair.assert_agreement(children);
     assert_no_loss(&pair);
     assert_eq!((pair.a.endpoint.len(), pair.b.endpoint.len()), (1, 1));
-    assert_eq!((pair.a.installed.len(), pair.b.installed.len()), (1, 1));
-    assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1));
+    let installed = (pair.a.installed.len(), pair.b.installed.len());
+    assert_eq!(installed, (children, children));
+    if !wishes.iter().any(|wish| matches!(wish, Begin | DeleteIke)) {
+        assert_eq!((pair.a.ike_ups, pair.b.ike_ups), (1, 1));
+    }
     choices
 }
 
+type Search = (Setting, Wish, Wish);
+
 /// Runs all lists within the bounds; returns how many those were.
-fn search(name: &str, at_a: Wish, at_b: Wish, deviations: usize) -> usize {
+fn search(name: &str, (setting, at_a, at_b): Search, deviations: usize) -> usize {
     let mut lists = vec![(Vec::new(), 0)];
     let mut runs = 0;
     while let Some((list, deviated)) = lists.pop() {
         runs += 1;
-        let choices = match panic::catch_unwind(|| run(at_a, at_b, &list)) {
+        let choices = match panic::catch_unwind(|| run(setting, at_a, at_b, &list)) {
             Ok(choices) => choices,
             Err(cause) => {
                 let list: Vec<String> = list.iter().map(ToString::to_string).collect();
                 eprintln!(
-                    "{name}, A {at_a:?}, B {at_b:?}: IPSEC_XDP_DECISIONS={}",
+                    "{name}, {setting:?}, A {at_a:?}, B {at_b:?}: IPSEC_XDP_DECISIONS={}",
                     list.join(",")
                 );
                 panic::resume_unwind(cause);
@@ -233,21 +368,25 @@ fn whatever_both_sides_want_at_once_ends_well_in_every_order() {
     let text = |name: &str| std::env::var(name).ok();
     if let Some(list) = text("IPSEC_XDP_DECISIONS") {
         let list: Vec<usize> = list.split(',').filter_map(|one| one.parse().ok()).collect();
-        for (_, one, other) in SCENARIOS {
-            run(*one, *other, &list);
+        for (_, setting, one, other) in SCENARIOS {
+            run(*setting, *one, *other, &list);
         }
         return;
     }
-    let deviations = text("IPSEC_XDP_DEVIATIONS").map_or(DEVIATIONS, |text| text.parse().unwrap());
-    let mut searches = Vec::new();
-    for (name, one, other) in SCENARIOS {
-        searches.push((*name, *one, *other));
+    let deviations = text("IPSEC_XDP_DEVIATIONS").map(|text| text.parse().unwrap());
+    for (name, setting, one, other) in SCENARIOS {
+        let mut orders = vec![(*setting, *one, *other)];
         if one != other {
-            searches.push((*name, *other, *one));
+            orders.push((*setting, *other, *one));
         }
-    }
-    for (name, at_a, at_b) in searches {
-        let runs = search(name, at_a, at_b, deviations);
-        eprintln!("{name}, A {at_a:?}, B {at_b:?}: {runs} runs");
+        for (setting, at_a, at_b) in orders {
+            let begun = std::time::Instant::now();
+            let deviations = deviations.unwrap_or_else(|| setting.deviations());
+            let runs = search(name, (setting, at_a, at_b), deviations);
+            eprintln!(
+                "{name}, {setting:?}, A {at_a:?}, B {at_b:?}: {runs} runs, {:?}",
+                begun.elapsed()
+            );
+        }
     }
 }
