@@ -9,18 +9,15 @@
 //! different selectors, none of which can stand in for another. In another IKE SA a child starts new lines, which take the
 //! place of the old ones that are for the same traffic; under one tunnel several peers may have come in, each with its own.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Bound,
-    time::Duration,
-};
+mod pairs;
+
+use std::{collections::BTreeSet, ops::Bound, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use ipsec_common::TrafficSelector;
-
+pub(super) use self::pairs::Pair;
+use self::pairs::Pairs;
 use crate::ike::{
-    config::{ChildName, PeerId},
     event::{ChildSaId, ChildUp, DownReason, Event, IkeSaId},
     time::Time,
 };
@@ -69,11 +66,6 @@ impl Use {
         }
     }
 
-    /// Whether something will become of it that has not yet.
-    fn waits(self) -> bool {
-        matches!(self, Self::Waits(_) | Self::Lingers(..))
-    }
-
     fn due(self) -> Option<Time> {
         match self {
             Self::Waits(at) => at,
@@ -83,52 +75,12 @@ impl Use {
     }
 }
 
-/// One installed pair.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Pair {
-    ike: IkeSaId,
-    peer: PeerId,
-    child: ChildName,
-    spi_in: u32,
-    /// The first pair of its line.
-    line: ChildSaId,
-    /// The peer's side of its traffic.
-    remote: Vec<TrafficSelector>,
-    usage: Use,
-}
-
-impl Pair {
-    /// Its inbound SPI.
-    pub(super) fn spi_in(&self) -> u32 {
-        self.spi_in
-    }
-
-    /// Whether one of both may carry what the other has carried.
-    fn stands_in_for(&self, other: &Self) -> bool {
-        self.line == other.line
-            || ((self.peer, self.child) == (other.peer, other.child)
-                && self.ike != other.ike
-                && self.shares_traffic(other))
-    }
-
-    /// Whether some address of the peer's side belongs to both.
-    fn shares_traffic(&self, other: &Self) -> bool {
-        self.remote.iter().any(|one| {
-            other.remote.iter().any(|other| {
-                one.addresses.0 <= other.addresses.1 && other.addresses.0 <= one.addresses.1
-            })
-        })
-    }
-}
-
-/// All installed pairs.
+/// What all installed pairs are used for.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Handover {
-    pairs: BTreeMap<ChildSaId, Pair>,
+    pairs: Pairs,
     /// Those that are not saved as they are now.
     changed: BTreeSet<ChildSaId>,
-    /// How many of them have something to wait for, so that the usual case costs nothing.
-    waiting: usize,
 }
 
 impl Handover {
@@ -140,30 +92,21 @@ impl Handover {
         line: ChildSaId,
         origin: Origin,
     ) -> bool {
-        let mut pair = Pair {
-            ike: up.ike,
-            peer: up.peer,
-            child: up.child,
-            spi_in: up.spi_in.0,
-            line,
-            remote: up.remote.clone(),
-            usage: Use::Both,
-        };
-        let others = || {
-            let others = self.pairs.values();
-            others.filter(|other| other.usage.is_alive() && other.stands_in_for(&pair))
-        };
+        let mut pair = Pair::of(up, line);
         // Within its line the peer will delete the one before, which is proof enough, and goes on with it until then.
-        let is_rekeying = others().any(|other| other.line == line);
+        let is_rekeying = self.carries(line);
+        let is_alone = || {
+            let mut others = self.pairs.that_stand_in_for(&pair);
+            !is_rekeying && !others.any(|(_, other)| other.usage.is_alive())
+        };
         pair.usage = match origin {
             Origin::Asked => Use::Both,
-            Origin::Answered | Origin::Lost if others().next().is_none() => Use::Both,
+            Origin::Answered | Origin::Lost if is_alone() => Use::Both,
             Origin::Answered if is_rekeying => Use::Waits(None),
             Origin::Answered => Use::Waits(Some(now + PATIENCE)),
             Origin::Lost => Use::Redundant,
         };
         let usage = pair.usage;
-        self.waiting += usize::from(usage.waits());
         self.pairs.insert(up.sa, pair);
         self.changed.insert(up.sa);
         usage == Use::Both
@@ -171,64 +114,63 @@ impl Handover {
 
     /// All of them.
     pub(super) fn all(&self) -> impl Iterator<Item = ChildSaId> {
-        self.pairs.keys().copied()
+        self.pairs.ids()
     }
 
     /// Those after one.
     pub(super) fn after(&self, sa: Bound<ChildSaId>) -> impl Iterator<Item = (ChildSaId, &Pair)> {
-        let after = self.pairs.range((sa, Bound::Unbounded));
-        after.map(|(sa, pair)| (*sa, pair))
+        self.pairs.after(sa)
     }
 
     /// Puts a pair back that was saved.
     pub(super) fn restore(&mut self, sa: ChildSaId, pair: Pair) {
-        self.waiting += usize::from(pair.usage.waits());
         self.pairs.insert(sa, pair);
     }
 
     /// What has become of the pairs that have changed since this was asked last; none of those that are gone.
     pub(super) fn changes(&mut self) -> Vec<(ChildSaId, Option<Pair>)> {
         let changed = std::mem::take(&mut self.changed);
-        let now = |sa: ChildSaId| (sa, self.pairs.get(&sa).cloned());
+        let now = |sa: ChildSaId| (sa, self.pairs.get(sa).cloned());
         changed.into_iter().map(now).collect()
     }
 
     /// As if all pairs had changed.
     pub(super) fn all_have_changed(&mut self) {
-        self.changed.extend(self.pairs.keys());
+        self.changed.extend(self.pairs.ids());
     }
 
     /// The IKE SA that a pair belongs to.
     pub(super) fn owner(&self, sa: ChildSaId) -> Option<IkeSaId> {
-        self.pairs.get(&sa).map(|pair| pair.ike)
+        self.pairs.get(sa).map(|pair| pair.ike)
     }
 
     /// Whether the peer has yet to prove that it has a pair.
     pub(super) fn is_unproved(&self, sa: ChildSaId) -> bool {
-        self.pairs
-            .get(&sa)
-            .is_some_and(|pair| matches!(pair.usage, Use::Waits(_)))
+        let pair = self.pairs.get(sa);
+        pair.is_some_and(|pair| matches!(pair.usage, Use::Waits(_)))
+    }
+
+    /// Whether a pair of a line is there to count on.
+    fn carries(&self, line: ChildSaId) -> bool {
+        let mut pairs = self.pairs.of_line(line);
+        pairs.any(|(_, pair)| pair.usage.is_alive())
     }
 
     /// Whether another pair of a line is there to carry the traffic of this one.
     pub(super) fn has_successor(&self, sa: ChildSaId, line: ChildSaId) -> bool {
-        self.pairs
-            .iter()
-            .any(|(id, pair)| *id != sa && pair.line == line && pair.usage.is_alive())
+        let mut pairs = self.pairs.of_line(line);
+        pairs.any(|(id, pair)| id != sa && pair.usage.is_alive())
     }
 
     fn set(&mut self, sa: ChildSaId, usage: Use) {
-        if let Some(pair) = self.pairs.get_mut(&sa) {
-            let before = std::mem::replace(&mut pair.usage, usage);
+        if self.pairs.set_usage(sa, usage) {
             self.changed.insert(sa);
-            self.waiting += usize::from(usage.waits());
-            self.waiting -= usize::from(before.waits());
         }
     }
 
     /// The peer has proved that it has a pair.
     pub(super) fn proved(&mut self, sa: ChildSaId) -> Option<Event> {
-        if self.waiting == 0 || !matches!(self.pairs.get(&sa)?.usage, Use::Waits(_)) {
+        if !self.is_unproved(sa) {
             return None;
         }
         self.set(sa, Use::Both);
@@ -242,7 +184,7 @@ impl Handover {
 
     /// Its traffic has moved on, so it sends no more.
     pub(super) fn closing(&mut self, sa: ChildSaId) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).cloned() else {
+        let Some(pair) = self.pairs.get(sa).cloned() else {
             return Vec::new();
         };
         if !pair.usage.is_alive() {
@@ -256,7 +198,7 @@ impl Handover {
 
     /// Both sides have deleted a pair, or it has ended for good. It lingers if another has taken its traffic.
     pub(super) fn removed(&mut self, now: Time, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).cloned() else {
+        let Some(pair) = self.pairs.get(sa).cloned() else {
             return Vec::new();
         };
         if pair.usage != Use::Closing && !self.has_successor(sa, pair.line) {
@@ -269,7 +211,7 @@ impl Handover {
 
     /// A pair is removed at once, in one piece; what waits for that is used from now on.
     pub(super) fn dropped(&mut self, sa: ChildSaId, reason: DownReason) -> Vec<Event> {
-        let Some(pair) = self.pairs.get(&sa).cloned() else {
+        let Some(pair) = self.pairs.get(sa).cloned() else {
             return Vec::new();
         };
         self.set(sa, Use::Closing);
@@ -280,97 +222,71 @@ impl Handover {
 
     /// What lingers of an IKE SA that has ended is removed with it.
     pub(super) fn ended(&mut self, ike: IkeSaId) -> Vec<(u32, Event)> {
-        self.remove_lingering(|pair, _| pair.ike == ike)
+        let all = self.pairs.of_ike(ike);
+        all.into_iter()
+            .filter_map(|sa| self.remove_lingering(sa))
+            .collect()
     }
 
     /// Another IKE SA inherits all pairs.
     pub(super) fn inherited(&mut self, from: IkeSaId, to: IkeSaId) {
-        for (sa, pair) in self.pairs.iter_mut().filter(|(_, pair)| pair.ike == from) {
-            pair.ike = to;
-            self.changed.insert(*sa);
+        for sa in self.pairs.of_ike(from) {
+            self.pairs.set_ike(sa, to);
+            self.changed.insert(sa);
         }
     }
 
     /// What is to be used or removed now, with the SPIs of what is removed.
     pub(super) fn due(&mut self, now: Time) -> (Vec<Event>, Vec<(u32, Event)>) {
-        if self.waiting == 0 {
-            return (Vec::new(), Vec::new());
-        }
-        let used = self.release(|_, until| until.is_some_and(|until| until <= now));
-        (used, self.remove_lingering(|_, until| until <= now))
+        let due = self.pairs.due(now);
+        let used = due.iter().filter_map(|sa| self.proved(*sa)).collect();
+        let ended = due.into_iter().filter_map(|sa| self.remove_lingering(sa));
+        (used, ended.collect())
     }
 
     pub(super) fn next(&self) -> Option<Time> {
-        if self.waiting == 0 {
-            return None;
-        }
-        self.pairs
-            .values()
-            .filter_map(|pair| pair.usage.due())
-            .min()
+        self.pairs.next_due()
     }
 
     /// If nothing else sends in the place of a pair, what waits does so from now on, else what is redundant.
     fn take_over(&mut self, gone: &Pair) -> Vec<Event> {
-        let other = |usage: Use| {
-            self.pairs
-                .iter()
-                .rev()
-                .find(|(_, pair)| pair.usage == usage && pair.stands_in_for(gone))
-                .map(|(id, _)| *id)
-        };
-        if other(Use::Both).is_some() {
+        let sends = |(_, pair): (ChildSaId, &Pair)| pair.usage == Use::Both;
+        if self.pairs.of_line(gone.line).any(sends) || self.pairs.that_stand_in_for(gone).any(sends)
+        {
             return Vec::new();
         }
-        let redundant = other(Use::Redundant);
-        let released = self.release(|pair, _| pair.stands_in_for(gone));
+        let (mut waiting, mut redundant) = (Vec::new(), None);
+        for (sa, pair) in self.pairs.that_stand_in_for(gone) {
+            match pair.usage {
+                Use::Waits(_) => waiting.push(sa),
+                Use::Redundant => redundant = Some(sa),
+                Use::Both | Use::Closing | Use::Lingers(..) => {}
+            }
+        }
         match redundant {
-            Some(left) if released.is_empty() => {
+            Some(left) if waiting.is_empty() => {
                 self.set(left, Use::Both);
                 vec![Event::Outbound(left)]
             }
-            _ => released,
+            Some(_) | None => waiting
+                .into_iter()
+                .filter_map(|sa| self.proved(sa))
+                .collect(),
         }
     }
 
-    fn release(&mut self, which: impl Fn(&Pair, Option<Time>) -> bool) -> Vec<Event> {
-        if self.waiting == 0 {
-            return Vec::new();
-        }
-        let chosen: Vec<ChildSaId> = self
-            .pairs
-            .iter()
-            .filter(|(_, pair)| matches!(pair.usage, Use::Waits(until) if which(pair, until)))
-            .map(|(sa, _)| *sa)
-            .collect();
-        chosen
-            .into_iter()
-            .filter_map(|sa| self.proved(sa))
-            .collect()
-    }
-
-    fn remove_lingering(&mut self, which: impl Fn(&Pair, Time) -> bool) -> Vec<(u32, Event)> {
-        let chosen: Vec<(ChildSaId, DownReason)> = self
-            .pairs
-            .iter()
-            .filter_map(|(sa, pair)| match pair.usage {
-                Use::Lingers(until, reason) if which(pair, until) => Some((*sa, reason)),
-                _ => None,
-            })
-            .collect();
-        chosen
-            .into_iter()
-            .filter_map(|(sa, reason)| {
-                let spi = self.pairs.get(&sa)?.spi_in;
-                Some((spi, self.forget(sa, reason)?))
-            })
-            .collect()
+    fn remove_lingering(&mut self, sa: ChildSaId) -> Option<(u32, Event)> {
+        let pair = self.pairs.get(sa)?;
+        let Use::Lingers(_, reason) = pair.usage else {
+            return None;
+        };
+        let spi = pair.spi_in();
+        Some((spi, self.forget(sa, reason)?))
     }
 
     fn forget(&mut self, sa: ChildSaId, reason: DownReason) -> Option<Event> {
-        let pair = self.pairs.remove(&sa)?;
+        let pair = self.pairs.remove(sa)?;
         self.changed.insert(sa);
-        self.waiting -= usize::from(pair.usage.waits());
         Some(Event::ChildDown {
             peer: pair.peer,
             child: pair.child,

@@ -9,7 +9,9 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use crate::ike::{config::PeerId, event::IkeSaId, message::IkeSpi, sa::IkeSa, time::Time};
+use crate::ike::{
+    Identity, config::PeerId, event::IkeSaId, message::IkeSpi, sa::IkeSa, time::Time,
+};
 
 /// What tells one IKE_SA_INIT from another: the initiator's address, port and SPI.
 pub(super) type Asked = (SocketAddr, IkeSpi);
@@ -19,11 +21,16 @@ pub(super) type Owner = Option<(PeerId, u64)>;
 
 /// Whose an IKE SA is now.
 pub(super) fn owner(sa: &IkeSa) -> Owner {
+    owner_of(sa.peer, sa.remote_id.as_ref())
+}
+
+/// Whose an IKE SA is with which that peer has shown this identity.
+pub(super) fn owner_of(peer: Option<PeerId>, identity: Option<&Identity>) -> Owner {
     // Without a key, so that the order of IKE SAs is the same in every run. Who finds identities with equal hashes makes
     // only his own IKE SAs slow to find.
     let mut hasher = DefaultHasher::new();
-    sa.remote_id.hash(&mut hasher);
-    sa.peer.map(|peer| (peer, hasher.finish()))
+    identity.hash(&mut hasher);
+    peer.map(|peer| (peer, hasher.finish()))
 }
 
 /// What is noted of one IKE SA.

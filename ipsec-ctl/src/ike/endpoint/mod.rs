@@ -8,6 +8,7 @@ mod handover;
 mod index;
 mod init;
 mod peers;
+mod presence;
 mod saved;
 mod shared;
 mod unprotected;
@@ -21,7 +22,7 @@ use std::{
 pub(super) use handover::{HANDOVER, Origin};
 pub use saved::{Part, RestoreError};
 pub use shared::Refusal;
-pub(super) use shared::{NAT_PORT, Present, Shared, nat_hash};
+pub(super) use shared::{NAT_PORT, Shared, nat_hash};
 
 use self::{
     cookie::Cookies,
@@ -119,9 +120,6 @@ impl Endpoint {
             return self.unknown_spi(now, local, remote, &message);
         };
         self.touched.push(id);
-        if header.exchange == ExchangeType::IKE_AUTH && !header.flags.response {
-            self.note_who_is_present(remote.ip());
-        }
         if let Some(sa) = self.sas.get_mut(&id) {
             let peers = if header.flags.initiator {
                 header.spi_i
@@ -139,28 +137,6 @@ impl Endpoint {
             }
         }
         self.settle(now);
-    }
-
-    /// Tells the responder who is up already, where that decides whether another is let in.
-    fn note_who_is_present(&mut self, address: IpAddr) {
-        self.shared.present.clear();
-        let keeps = self
-            .shared
-            .peers_at(address)
-            .any(|peer| peer.unique == Unique::Keep);
-        if !keeps {
-            return;
-        }
-        let up = self.sas.values().filter(|sa| sa.state == State::Up);
-        let present = up.filter_map(|sa| {
-            Some(Present {
-                ike: sa.id,
-                peer: sa.peer?,
-                identity: sa.remote_id.clone()?,
-                address: sa.remote.ip(),
-            })
-        });
-        self.shared.present = present.collect();
     }
 
     /// Takes the result of a job.
@@ -551,6 +527,7 @@ impl Endpoint {
                 continue;
             };
             self.changed.insert(id);
+            self.shared.note_presence(sa);
             if sa.state == State::Closed {
                 self.under_way.remove(&id);
                 self.by_spi.remove(&sa.our_spi());

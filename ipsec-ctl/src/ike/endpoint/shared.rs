@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     handover::{Handover, Origin},
+    index::{owner, owner_of},
     peers::Peers,
+    presence::{Presence, Present},
 };
 use crate::ike::{
     Identity,
-    config::{EndpointConfig, PeerId},
+    config::{EndpointConfig, PeerId, Unique},
     event::{
         ChildSaId, ChildUp, DownReason, Event, Failure, FailureReason, IkeInfo, IkeSaId, IkeUp,
         Stage, Transmit,
@@ -23,7 +25,7 @@ use crate::ike::{
     job::{Job, JobId},
     message::IkeSpi,
     rng::Random,
-    sa::FollowUp,
+    sa::{FollowUp, IkeSa, State},
     time::Time,
 };
 
@@ -68,14 +70,6 @@ pub enum Refusal {
     NoProposal,
 }
 
-/// An IKE SA that is up: whose it is, and where.
-pub(in crate::ike) struct Present {
-    pub(in crate::ike) ike: IkeSaId,
-    pub(in crate::ike) peer: PeerId,
-    pub(in crate::ike) identity: Identity,
-    pub(in crate::ike) address: IpAddr,
-}
-
 /// What all IKE SAs share.
 pub(in crate::ike) struct Shared {
     pub(in crate::ike) config: EndpointConfig,
@@ -85,8 +79,7 @@ pub(in crate::ike) struct Shared {
     pub(in crate::ike) jobs: VecDeque<Job>,
     pub(in crate::ike) follow_ups: VecDeque<FollowUp>,
     pub(super) peers: Peers,
-    /// Those who are up with peers that take no second one, while an IKE_AUTH request is dealt with.
-    pub(in crate::ike) present: Vec<Present>,
+    presence: Presence,
     /// Our addresses that peers may be told of.
     pub(in crate::ike) addresses: Vec<IpAddr>,
     pub(super) spis: BTreeSet<u32>,
@@ -114,7 +107,7 @@ impl Shared {
             jobs: VecDeque::new(),
             follow_ups: VecDeque::new(),
             peers: Peers::default(),
-            present: Vec::new(),
+            presence: Presence::default(),
             addresses: Vec::new(),
             spis: BTreeSet::new(),
             ike_spis: BTreeSet::new(),
@@ -218,6 +211,30 @@ impl Shared {
         self.refusals
             .iter()
             .map(|(refusal, count)| (*refusal, *count))
+    }
+
+    /// Notes whether an IKE SA is one that no other may take the place of.
+    pub(super) fn note_presence(&mut self, sa: &IkeSa) {
+        let keeps = |peer: &PeerId| self.unique(*peer) == Unique::Keep;
+        let is_up = sa.state == State::Up && sa.peer.as_ref().is_some_and(keeps);
+        let present = sa.remote_id.clone().filter(|_| is_up);
+        let present = present.map(|identity| Present {
+            ike: sa.id,
+            identity,
+            address: sa.remote.ip(),
+        });
+        self.presence.note(owner(sa), sa.id, present);
+    }
+
+    /// Who is up with a peer under an identity, at another address than this one.
+    pub(in crate::ike) fn present_elsewhere(
+        &self,
+        peer: PeerId,
+        identity: &Identity,
+        address: IpAddr,
+    ) -> Option<&Present> {
+        let mut same = self.presence.of_owner(owner_of(Some(peer), Some(identity)));
+        same.find(|other| other.identity == *identity && other.address != address)
     }
 
     /// Hands a pair of SAs to the data plane.

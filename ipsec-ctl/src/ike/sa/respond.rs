@@ -17,7 +17,7 @@ use crate::ike::{
         auth::{self, Signed},
         ke::PrivateKey,
     },
-    endpoint::{Present, Shared, nat_hash},
+    endpoint::{Shared, nat_hash},
     event::{DownReason, FailureReason, IkeSaId, Stage},
     exchange::{AuthRequest, InitRequest},
     job::JobResult,
@@ -262,16 +262,11 @@ impl IkeSa {
         if peer.unique != Unique::Keep || request.notifies.has(NotifyType::INITIAL_CONTACT) {
             return Ok(peer);
         }
-        let other = shared.present.iter().find(|other| {
-            other.peer == peer.id
-                && other.identity == *identity
-                && other.address != self.remote.ip()
-        });
-        let Some(Present { ike, address, .. }) = other else {
+        let Some(other) = shared.present_elsewhere(peer.id, identity, self.remote.ip()) else {
             return Ok(peer);
         };
+        let (ike, address) = (other.ike, other.address);
         let detail = format!("{identity} is up from {address} already, and unique = \"keep\"");
-        let ike = *ike;
         shared.follow_ups.push_back(FollowUp::Doubt(ike));
         Err((FailureReason::WeRefusedAuth, detail))
     }

@@ -3,10 +3,11 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::{
-    network::Conditions,
+    network::{Conditions, Seeded},
     pair::{A, B, PEER, Pair, acquire, child, limits, peer, sent},
 };
 use crate::ike::{
+    Endpoint,
     config::{ChildName, DpdMode, OnDead, PeerConfig, Remote, Role, Unique, Way},
     event::{Command, DownReason, FailureReason},
 };
@@ -322,5 +323,39 @@ fn a_second_initiator_with_the_same_identity_is_dealt_with_as_configured() {
             stay,
             "{case}, later"
         );
+    }
+}
+
+// Also one that was up before its tunnel wanted it so, and one that a daemon before this one has left.
+#[test]
+fn whoever_is_up_is_known_however_it_came_to_be_so() {
+    for restarted in [false, true] {
+        let mut pair = Pair::configured(7, Conditions::PERFECT);
+        pair.up_a();
+        pair.run(Duration::from_secs(2));
+        if restarted {
+            let parts: Vec<_> = pair.b.endpoint.parts_after(None).collect();
+            let parts = parts
+                .iter()
+                .map(|(part, content)| (*part, content.as_ref().unwrap().bytes()));
+            let random = Box::new(Seeded::new(7, 9));
+            pair.b.endpoint = Endpoint::restore(limits(), random, pair.now, parts).unwrap();
+        }
+        let mut at_b = peer(A, Role::Respond);
+        at_b.unique = Unique::Keep;
+        at_b.remote = Remote::Anywhere;
+        pair.tell_b(Command::SetPeer(Box::new(at_b)));
+        let mut other = Pair::with(8, Conditions::PERFECT, limits(), limits());
+        other.a.address = SECOND;
+        let mut user = peer(B, Role::Initiate);
+        user.local_id = Some(A.into());
+        other.tell_a(Command::SetPeer(Box::new(user)));
+        std::mem::swap(&mut pair.b, &mut other.b);
+        other.now = pair.now;
+        other.a.endpoint.has_met(PEER);
+        other.tell_a(Command::Up(PEER, (SECOND, 500).into()));
+        other.run(Duration::from_secs(2));
+        assert_eq!(other.a.ike_ups, 0, "restarted: {restarted}");
+        assert_eq!(other.b.endpoint.established().count(), 1);
     }
 }
