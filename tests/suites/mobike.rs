@@ -86,6 +86,21 @@ fn wait_at(gateway: &Gateway<'_>, ours: IpAddr, theirs: IpAddr) -> anyhow::Resul
     Ok(())
 }
 
+/// What names the SAs of a gateway.
+type Names = (String, u32);
+
+fn sas(gateways: [&Gateway<'_>; 2]) -> anyhow::Result<[Names; 2]> {
+    let [a, b] = gateways;
+    Ok([a.spis("site")?, b.spis("site")?])
+}
+
+/// The SAs of both gateways are those that they were.
+fn are_as_before(gateways: [&Gateway<'_>; 2], before: &[Names; 2]) -> anyhow::Result<()> {
+    let now = sas(gateways)?;
+    ensure!(now == *before, "other SAs: {before:?}, then {now:?}");
+    Ok(())
+}
+
 /// Waits until packets get through again, both ways.
 fn wait_traffic(topology: &Topology) -> anyhow::Result<()> {
     wait_for("packets after a move", PATIENCE, || {
@@ -102,7 +117,7 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
         "{}",
         a.shown_status()?
     );
-    let before = (a.spis("site")?, b.spis("site")?);
+    let before = sas([&a, &b])?;
     let flows = flows(&topology)?;
     let at_a = renumber(&topology, Side::A)?;
     wait_at(&a, at_a, Side::B.outside(V4))?;
@@ -113,10 +128,7 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
     wait_at(&a, at_a, at_b)?;
     wait_traffic(&topology)?;
     cut(flows, 2).with_context(|| format!("{}\n{}", a.log(20), b.log(20)))?;
-    ensure!(
-        (a.spis("site")?, b.spis("site")?) == before,
-        "the SAs are others"
-    );
+    are_as_before([&a, &b], &before)?;
     capture.stop().is_clean()
 }
 
@@ -124,7 +136,7 @@ fn addresses_that_move_while_a_daemon_is_dead_are_followed_by_the_next_one() -> 
     let topology = Topology::build(Options::default())?;
     let capture = Capture::start(&topology.router)?;
     let (mut a, mut b) = pair::start_default(&topology)?;
-    let before = (a.spis("site")?, b.spis("site")?);
+    let before = sas([&a, &b])?;
     let [at_a, at_b] = [Side::A, Side::B].map(|side| side.outside(V4));
     // The one that moves is dead, and finds its address gone.
     a.kill()?;
@@ -154,17 +166,14 @@ fn addresses_that_move_while_a_daemon_is_dead_are_followed_by_the_next_one() -> 
     wait_at(&b, other, moved)?;
     wait_at(&a, moved, other)?;
     wait_traffic(&topology).context("B moved while its daemon was dead")?;
-    ensure!(
-        (a.spis("site")?, b.spis("site")?) == before,
-        "the SAs are others"
-    );
+    are_as_before([&a, &b], &before)?;
     capture.stop().is_clean()
 }
 
 fn a_gateway_moves_behind_a_nat_and_out_again() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, b) = pair::start_default(&topology)?;
-    let before = a.spis("site")?;
+    let before = sas([&a, &b])?;
     // What comes from the other address is hidden behind the router.
     for command in [
         "nft add table inet nat",
@@ -183,8 +192,7 @@ fn a_gateway_moves_behind_a_nat_and_out_again() -> anyhow::Result<()> {
     wait_at(&b, Side::B.outside(V4), bare)?;
     wait_traffic(&topology)?;
     ensure!(!a.tunnel("site")?.children[0].encapsulated, "ESP in UDP");
-    ensure!(a.spis("site")? == before, "the SAs are others");
-    Ok(())
+    are_as_before([&a, &b], &before)
 }
 
 fn theirs(side: Side) -> Connection {

@@ -73,31 +73,35 @@ impl Engines {
     }
 
     async fn command(&self, command: Command) -> Result<Option<Ledger>, Rejected> {
-        // IKE waits for nothing.
-        if let Command::SendIke(_) = command {
-            return self.xdp.command(command).await;
-        }
-        let moves = &mut *self.moves.lock().await;
         match command {
-            Command::SetTunnel(spec) => self.set_tunnel(moves, *spec).await.map(|()| None),
+            // IKE waits for nothing.
+            Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
             Command::Configured => {
+                let _moves = self.moves.lock().await;
                 if let Some(kernel) = self.kernel.get() {
                     kernel.command(Command::Configured).await?;
                 }
                 self.xdp.command(Command::Configured).await
             }
+            Command::SetTunnel(spec) => {
+                let moves = &mut *self.moves.lock().await;
+                self.set_tunnel(moves, *spec).await.map(|()| None)
+            }
             Command::RemoveTunnel(id) => {
+                let moves = &mut *self.moves.lock().await;
                 self.give_up_move(moves, id).await;
                 self.give(self.kernel_of(id).await, Command::RemoveTunnel(id))
                     .await
             }
             Command::Install(spec) => {
+                let moves = &mut *self.moves.lock().await;
                 let home = moves.home_of_new(spec.tunnel);
                 let (id, tunnel, expires) = (spec.id, spec.tunnel, spec.lifetime.expires);
                 self.put_in(home, (id, tunnel, expires), Command::Install(spec))
                     .await
             }
             Command::Resume(spec, before) => {
+                let moves = &mut *self.moves.lock().await;
                 let home = match moves.home_of_new(spec.tunnel) {
                     Some(home) if self.has_sa(home.other(), spec.id).await => Some(home.other()),
                     home => home,
@@ -107,18 +111,22 @@ impl Engines {
                     .await
             }
             Command::SetCarrier(id, on) => {
+                let moves = &mut *self.moves.lock().await;
                 if moves.has(id) {
                     self.xdp.command(Command::SetCarrier(id, on)).await?;
                 }
                 self.give(self.kernel_of(id).await, Command::SetCarrier(id, on))
                     .await
             }
-            Command::Remove(id) => self.remove(moves, id).await,
+            Command::Remove(id) => {
+                let moves = &mut *self.moves.lock().await;
+                self.remove(moves, id).await
+            }
             Command::MoveOuter(id, outer) => {
+                let _moves = self.moves.lock().await;
                 self.give(self.kernel_with(id).await, Command::MoveOuter(id, outer))
                     .await
             }
-            Command::SendIke(_) => Ok(None),
         }
     }
 
