@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io::Write,
     os::{
         fd::OwnedFd,
         unix::{fs::PermissionsExt, process::ExitStatusExt},
@@ -12,9 +13,13 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
-use ipsec_ctl::api::{
-    client::{Client, ClientError},
-    model::{self, Counter, State, Status},
+use ipsec_ctl::{
+    api::{
+        client::{Client, ClientError},
+        model::{self, Counter, State, Status},
+    },
+    dataplane::probe::Finding,
+    net::bpf_fs::MOUNT_POINT,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -24,7 +29,7 @@ use serde_json::from_str;
 use tempfile::{TempDir, TempPath};
 
 use crate::{
-    command::{checked, tail, wait_for},
+    command::{checked, run, tail, wait_for},
     netns::Netns,
     topology::{Family, Side},
 };
@@ -166,6 +171,26 @@ pub fn program() -> anyhow::Result<PathBuf> {
         .chain(["debug", "release"].map(|profile| target.join(profile).join("ipsec-ctl")))
         .find(|path| path.is_file())
         .context("there is no ipsec-ctl: cargo build -p ipsec-ctl")
+}
+
+/// Why the program under test finds no way to a fast path on this machine; `None` if it finds one, and so has to take it.
+///
+/// # Errors
+///
+/// It cannot look.
+pub fn no_fast_path() -> anyhow::Result<Option<String>> {
+    let shown = run(&program()?.display().to_string(), &["probe", "--json"])?;
+    let findings: Vec<Finding> = from_str(&shown).context("probe --json")?;
+    let of = |what: &str| {
+        let found = findings.iter().find(|finding| finding.what == what);
+        found.with_context(|| format!("`probe` tells nothing of {what}"))
+    };
+    for finding in [of("XDP program")?, of("AF_XDP")?] {
+        if !finding.there {
+            return Ok(Some(format!("{}: {}", finding.what, finding.found)));
+        }
+    }
+    Ok(None)
 }
 
 impl<'a> Gateway<'a> {
@@ -527,6 +552,24 @@ impl<'a> Gateway<'a> {
     pub fn upgrade(&mut self) -> anyhow::Result<()> {
         let path = tempfile::NamedTempFile::new()?.into_temp_path();
         fs::copy(program()?, &path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        self.program = Some(path);
+        Ok(())
+    }
+
+    /// The next start finds no BPF file system mounted, as on a machine whose init does not see to it.
+    ///
+    /// # Errors
+    ///
+    /// The file that does so cannot be written.
+    pub fn without_bpf_file_system(&mut self) -> anyhow::Result<()> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        write!(
+            file,
+            "#!/bin/sh\nexec unshare --mount sh -c 'umount {MOUNT_POINT}; exec \"$0\" \"$@\"' {} \"$@\"\n",
+            program()?.display()
+        )?;
+        let path = file.into_temp_path();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         self.program = Some(path);
         Ok(())

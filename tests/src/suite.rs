@@ -1,12 +1,13 @@
 //! The runner of a suite: tests with sentences for names, skipped with a reason where the machine lacks something.
 
-use std::{process::ExitCode, time::Duration};
+use std::{process::ExitCode, sync::OnceLock, time::Duration};
 
 use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::{
     command::{find, run, slower},
+    gateway::no_fast_path,
     netdevsim, netns,
     watchdog::watched,
 };
@@ -35,6 +36,8 @@ pub enum Need {
     XfrmInterfaces,
     /// A processor that packet rates can be asked of, not one whose instructions are interpreted.
     Pace,
+    /// What `ipsec-ctl probe` finds necessary for the fast path.
+    FastPath,
     /// Simulated network cards: the guest's if it was built.
     Netdevsim,
 }
@@ -84,6 +87,11 @@ impl Need {
                     "this kernel has no VLANs: `cargo xtask vm --build` makes a guest that does"
                         .to_owned()
                 })
+            }
+            Self::FastPath => {
+                static MISSING: OnceLock<Option<String>> = OnceLock::new();
+                let look = || no_fast_path().unwrap_or_else(|error| Some(format!("{error:#}")));
+                MISSING.get_or_init(look).clone()
             }
             Self::StrongSwan => absent(
                 &["charon-systemd", "swanctl"],

@@ -1,9 +1,6 @@
 //! What XDP and AF_XDP carry, what they leave to the slow path, and that traffic goes on when the network around changes.
 
-use std::{
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 use ipsec_ctl::{
@@ -19,13 +16,13 @@ use ipsec_ctl::{
 use ipsec_tests::{
     capture::Capture,
     cases,
+    command::wait_for,
     gateway::{Gateway, Tunnel},
     pair::{hosts_are_apart, hosts_talk, start, start_default},
     ping::Ping,
     suite::{
         self,
-        Need::{Nftables, Pace, StrongSwan},
-        skipped,
+        Need::{FastPath, Nftables, Pace, StrongSwan},
     },
     tcp,
     topology::{Family, Options, Side, Topology},
@@ -38,16 +35,17 @@ use nix::{
 
 fn main() -> ExitCode {
     suite::main(&cases![
-        [Pace] bulk_traffic_takes_the_fast_path,
+        [FastPath, Pace] bulk_traffic_takes_the_fast_path,
+        [FastPath] where_nobody_has_mounted_the_bpf_file_system_the_daemon_does,
         [] nothing_is_lost_at_a_moderate_rate_for_ten_seconds,
         [] long nothing_is_lost_at_a_moderate_rate_for_a_minute,
         [StrongSwan, Pace] the_beds_of_the_benchmarks_carry_packets,
         [] a_tunnel_without_fast_path_says_so_and_carries_traffic,
         [Nftables] a_firewall_rule_that_drops_tunnel_traffic_does_drop_it,
-        [Pace] what_comes_while_a_worker_cannot_keep_up_is_counted,
+        [FastPath, Pace] what_comes_while_a_worker_cannot_keep_up_is_counted,
         [] a_host_that_is_replaced_is_found_again,
-        [] an_interface_whose_queue_was_taken_is_tried_again,
-        [] where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets,
+        [FastPath] an_interface_whose_queue_was_taken_is_tried_again,
+        [FastPath] where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets,
         [Pace] a_large_transfer_arrives_whole_in_every_combination_of_families,
     ])
 }
@@ -63,24 +61,23 @@ fn directions(gateway: &Gateway<'_>) -> anyhow::Result<[Direction; 2]> {
     ])
 }
 
-/// Skips the test where the gateway could not load XDP, and says why.
-fn need_offload(gateway: &Gateway<'_>) -> anyhow::Result<()> {
-    for direction in directions(gateway)? {
-        if let Offload::Declined(reason @ (OffloadReason::NoXdp | OffloadReason::NoAfXdp)) =
-            direction.offload
-        {
-            return Err(skipped(&format!(
-                "the fast path is not available: {reason:?}"
-            )));
-        }
-    }
-    Ok(())
+/// Waits until both directions are carried this way.
+fn wait_offload(gateway: &Gateway<'_>, wanted: Offload) -> anyhow::Result<()> {
+    wait_for(
+        "both directions to be carried otherwise",
+        Duration::from_secs(20),
+        || {
+            let shown = directions(gateway)?.map(|direction| direction.offload);
+            ensure!(shown == [wanted, wanted], "{shown:?}");
+            Ok(Some(()))
+        },
+    )
+    .with_context(|| gateway.log(20))
 }
 
 fn bulk_traffic_takes_the_fast_path() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, b) = start_default(&topology)?;
-    need_offload(&a)?;
     for from in [Side::A, Side::B] {
         let transfer = tcp::transfer(
             topology.host(from),
@@ -102,6 +99,18 @@ fn bulk_traffic_takes_the_fast_path() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn where_nobody_has_mounted_the_bpf_file_system_the_daemon_does() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (mut a, _b) = start_default(&topology)?;
+    a.stop()?;
+    a.release()?;
+    a.without_bpf_file_system()?;
+    a.run()?;
+    a.wait_up("site", Duration::from_secs(40))?;
+    wait_offload(&a, Offload::Full)?;
+    hosts_talk(&topology, V4)
 }
 
 fn nothing_is_lost_at_a_moderate_rate_for_ten_seconds() -> anyhow::Result<()> {
@@ -158,8 +167,14 @@ fn a_tunnel_without_fast_path_says_so_and_carries_traffic() -> anyhow::Result<()
 fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let capture = Capture::start(&topology.router)?;
-    let _gateways = start_default(&topology)?;
+    let (a, _b) = start_default(&topology)?;
     hosts_talk(&topology, V4)?;
+    let [
+        _,
+        Direction {
+            offload: before, ..
+        },
+    ] = directions(&a)?;
     for command in [
         "nft add table inet firewall",
         "nft add chain inet firewall forward { type filter hook forward priority 0 ; }",
@@ -167,11 +182,11 @@ fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()
     ] {
         topology.gateway_a.exec(command)?;
     }
-    // The fast path is given up when the rule is noticed.
-    std::thread::sleep(Duration::from_secs(2));
+    let given_up = Offload::Declined(OffloadReason::NetfilterRules);
+    wait_offload(&a, given_up)?;
     hosts_are_apart(&topology, V4)?;
     topology.gateway_a.exec("nft delete table inet firewall")?;
-    std::thread::sleep(Duration::from_secs(2));
+    wait_offload(&a, before)?;
     hosts_talk(&topology, V4)?;
     capture.stop().is_clean()
 }
@@ -179,7 +194,6 @@ fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()
 fn what_comes_while_a_worker_cannot_keep_up_is_counted() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (a, _b) = start_default(&topology)?;
-    need_offload(&a)?;
     hosts_talk(&topology, V4)?;
     let plane = a.data_plane().context("no data plane runs")?;
     let plane = Pid::from_raw(i32::try_from(plane)?);
@@ -267,23 +281,16 @@ fn an_interface_whose_queue_was_taken_is_tried_again() -> anyhow::Result<()> {
         let queues = [QueueId { ifindex, queue: 0 }];
         Ok(open_all(&umem, &queues).map(|(sockets, _)| (umem, sockets)))
     })?;
-    let taken = taken.map_err(|error| skipped(&format!("AF_XDP is not available: {error}")))?;
+    let taken = taken.context("AF_XDP")?;
     let (a, _b) = start_default(&topology)?;
     let [_, outbound] = directions(&a)?;
-    if outbound.offload == Offload::Declined(OffloadReason::NoXdp) {
-        return Err(skipped("the XDP program cannot be loaded"));
-    }
     ensure!(
         outbound.offload == Offload::Partial(OffloadReason::NoAfXdp),
         "{outbound:?}"
     );
     hosts_talk(&topology, V4)?;
     drop(taken);
-    let end = Instant::now() + Duration::from_secs(20);
-    while directions(&a)?[1].offload != Offload::Full {
-        ensure!(Instant::now() < end, "{:?}\n{}", directions(&a)?, a.log(20));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_offload(&a, Offload::Full)?;
     hosts_talk(&topology, V4)
 }
 
@@ -304,7 +311,6 @@ fn where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets() -> an
         }
     }
     let (a, b) = start_default(&topology)?;
-    need_offload(&a)?;
     for gateway in [&a, &b] {
         let interfaces = gateway.status()?.interfaces;
         let mut shown = interfaces.iter().map(|interface| &interface.fast_path);

@@ -8,7 +8,10 @@ use super::print;
 use crate::{
     config,
     daemon::{self, StartError},
-    net::privileges::{self, Role},
+    net::{
+        bpf_fs,
+        privileges::{self, Role},
+    },
 };
 
 /// Where the configuration is.
@@ -46,6 +49,8 @@ pub(super) fn run(options: &Options) -> miette::Result<()> {
     let path = &options.config.file;
     // Before the configuration is read: what a later reload may not read must not be taken now.
     if nix::unistd::geteuid().is_root() {
+        // The data plane may not any more, and tells what became of it when it needs the file system.
+        let _ = bpf_fs::ensure_mounted();
         limit(if options.one_process {
             Role::Both
         } else {

@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     kernel::{
@@ -18,7 +18,7 @@ use super::{
 use crate::net::{netlink::Netlink, queues::receive_queues, socket, xfrm::Xfrm};
 
 /// Something that was looked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// What it is.
     pub what: String,

@@ -2,6 +2,7 @@
 //!
 //! Mechanism only. What is wanted of the kernel, and why, is decided by the data plane.
 
+pub mod bpf_fs;
 mod esp_filter;
 pub mod forwarding;
 mod heir;

@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path};
 
-use super::{netfilter, sysctl};
+use super::{bpf_fs, netfilter, sysctl};
 
 /// Something that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,11 +43,7 @@ pub fn findings(v6: bool) -> Vec<Finding> {
         Path::new("/dev/net/tun"),
         "load the module: modprobe tun",
     ));
-    findings.push(feature(
-        "BPF file system",
-        Path::new("/sys/fs/bpf"),
-        "mount it: mount -t bpf bpf /sys/fs/bpf; without it there is no fast path",
-    ));
+    findings.push(bpf_file_system());
     findings.push(nf_tables());
     findings.push(kernel());
     findings
@@ -169,6 +165,19 @@ fn feature(name: &str, path: &Path, remedy: &str) -> Finding {
         Finding::new(name, "there", None)
     } else {
         Finding::new(name, "missing", Some(remedy.to_owned()))
+    }
+}
+
+fn bpf_file_system() -> Finding {
+    let name = "BPF file system";
+    match bpf_fs::is_mounted() {
+        Ok(true) => Finding::new(name, "there", None),
+        Ok(false) => Finding::new(name, "not mounted; `ipsec-ctl run` mounts it", None),
+        Err(error) => Finding::new(
+            name,
+            error.desc(),
+            Some("a kernel with CONFIG_BPF_SYSCALL; without it there is no fast path".to_owned()),
+        ),
     }
 }
 

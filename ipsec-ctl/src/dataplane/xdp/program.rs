@@ -28,18 +28,12 @@ use ipsec_common::{
         TunnelEntry, VlanKey, mapped,
     },
 };
-use nix::{
-    mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
-};
 
 use super::af_xdp::socket::QueueId;
-use crate::dataplane::seam::OffloadReason;
+use crate::{dataplane::seam::OffloadReason, net::bpf_fs};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ipsec-ebpf.o"));
 
-/// Where the BPF file system belongs.
-const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
 /// Above the folders of all instances.
 const PINS: &str = "/sys/fs/bpf/ipsec-xdp";
 
@@ -127,7 +121,7 @@ impl Program {
             return Err(ProgramError::NotBuilt);
         }
         let folder = folder(instance)?.join(format!("v{ABI}"));
-        mount_bpf_file_system()?;
+        bpf_fs::ensure_mounted().map_err(refused("mount the BPF file system"))?;
         fs::create_dir_all(folder.join("links")).map_err(refused("create the folder of pins"))?;
         if !pins_are_current(&folder) {
             remove_files(&folder).map_err(refused("remove pins of another version"))?;
@@ -459,24 +453,6 @@ impl From<AyaError> for Refusal {
             other => Self::Mode(other.to_string()),
         }
     }
-}
-
-/// Mounts the BPF file system where nobody has; systemd does it at boot.
-fn mount_bpf_file_system() -> Result<(), ProgramError> {
-    let step = refused("mount the BPF file system");
-    let mounted = statfs(BPF_FILE_SYSTEM).map_err(&step)?.filesystem_type() == BPF_FS_MAGIC;
-    if mounted {
-        return Ok(());
-    }
-    let nothing: Option<&str> = None;
-    mount(
-        Some("bpf"),
-        BPF_FILE_SYSTEM,
-        Some("bpf"),
-        MsFlags::empty(),
-        nothing,
-    )
-    .map_err(step)
 }
 
 fn folder(instance: &str) -> Result<PathBuf, ProgramError> {
