@@ -38,7 +38,7 @@ enum Command {
     Release(run::GuardOptions),
     /// Validate a configuration file and the key files it names; nothing is changed.
     Check(check::Options),
-    /// Find out what this machine has for carrying tunnels fast, and what each missing thing costs; needs root, changes nothing.
+    /// Find out what this machine has for carrying tunnels fast, and what each missing thing costs; needs root, leaves nothing behind but a mounted BPF file system.
     Probe(probe::Options),
     /// Show tunnels, their traffic, and what carries it.
     Status(status::Options),

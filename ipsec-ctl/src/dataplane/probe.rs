@@ -42,7 +42,8 @@ impl Finding {
     }
 }
 
-/// Looks at everything, in the network namespace that the caller is in. Nothing that it makes stays.
+/// Looks at everything, in the network namespace that the caller is in. Nothing that it makes stays, but the BPF file system,
+/// which it mounts where nobody has.
 ///
 /// # Errors
 ///
