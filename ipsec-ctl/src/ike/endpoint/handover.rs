@@ -10,6 +10,7 @@
 //! place of the old ones that are for the same traffic; under one tunnel several peers may have come in, each with its own.
 
 mod pairs;
+mod remotes;
 
 use std::{collections::BTreeSet, ops::Bound, time::Duration};
 

@@ -615,16 +615,18 @@ impl Endpoint {
 
     /// An IKE SA that was replaced stays while the newer one still asks for its children.
     fn keep_what_is_needed(&mut self, now: Time, due: &[IkeSaId]) {
-        let retires = |id| {
-            let sa = self.sas.get(id)?;
-            sa.peer.filter(|_| sa.retires(now))
-        };
-        let peers: Vec<PeerId> = due.iter().filter_map(retires).collect();
-        for peer in peers {
-            let mut same = self.of_peer(peer);
-            if same.any(|sa| !sa.is_retiring() && sa.is_taking_over(now)) {
-                drop(same);
-                self.with_all(peer, |sa, _| sa.stay(now));
+        for id in due {
+            let Some(old) = self.sas.get(id).filter(|sa| sa.retires(now)) else {
+                continue;
+            };
+            // A tunnel may have many peers, who have nothing to do with each other.
+            let same = self.index.of_owner(owner(old));
+            let mut same = same.filter_map(|id| self.sas.get(&id));
+            let takes_over = same.any(|sa| {
+                !sa.is_retiring() && sa.is_taking_over(now) && sa.remote_id == old.remote_id
+            });
+            if takes_over && let Some(old) = self.sas.get_mut(id) {
+                old.stay(now);
             }
         }
     }

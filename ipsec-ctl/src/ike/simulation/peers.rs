@@ -8,7 +8,7 @@ use super::{
 };
 use crate::ike::{
     Endpoint,
-    config::{ChildName, DpdMode, OnDead, PeerConfig, Remote, Role, Unique, Way},
+    config::{ChildName, DpdMode, OnDead, PeerConfig, PeerId, Remote, Role, Unique, Way},
     event::{Command, DownReason, FailureReason},
 };
 
@@ -271,12 +271,11 @@ fn traffic_follows_a_peer_that_has_restarted_and_says_nothing_of_it() {
     }
 }
 
-/// B answers everybody who has the key and calls himself `user`; A is one of them, and afterwards another is, from
-/// another address and without INITIAL_CONTACT or with it.
+/// B answers everybody who has the key. A calls itself `user`, and afterwards somebody else does, from another address and
+/// without INITIAL_CONTACT or with it.
 fn two_claim_one_identity(unique: Unique, initial_contact: bool) -> (Pair, Pair) {
     let mut at_b = peer(A, Role::Respond);
     at_b.remote = Remote::Anywhere;
-    at_b.remote_id = Some("user".parse().unwrap());
     at_b.unique = unique;
     let mut user = peer(B, Role::Initiate);
     user.local_id = Some("user".parse().unwrap());
@@ -324,6 +323,33 @@ fn a_second_initiator_with_the_same_identity_is_dealt_with_as_configured() {
             "{case}, later"
         );
     }
+}
+
+#[test]
+fn one_that_was_replaced_goes_though_others_of_its_tunnel_come_up_all_the_time() {
+    let (_first, mut second) = two_claim_one_identity(Unique::Replace, false);
+    let others = [PeerId(8), PeerId(9)];
+    for id in others {
+        let mut other = peer(B, Role::Initiate);
+        other.id = id;
+        other.local_id = Some(format!("user{}", id.0).parse().unwrap());
+        second.tell_a(Command::SetPeer(Box::new(other)));
+    }
+    // At each moment one of them has come up just now.
+    for [down, up] in std::iter::repeat_n([others, [others[1], others[0]]], 10).flatten() {
+        second.tell_a(Command::Up(up, (SECOND, 500).into()));
+        second.run(Duration::from_millis(500));
+        second.tell_a(Command::Down(down));
+        second.run(Duration::from_secs(2));
+    }
+    assert_eq!(second.b.ike_ups, 22);
+    let user = "user".parse().unwrap();
+    let up = second.b.endpoint.established();
+    let up: Vec<_> = up.filter(|(.., info)| info.remote_id == user).collect();
+    let [(.., info)] = up.as_slice() else {
+        panic!("{} of the user are up", up.len());
+    };
+    assert_eq!(info.remote.ip(), SECOND);
 }
 
 // Also one that was up before its tunnel wanted it so, and one that a daemon before this one has left.

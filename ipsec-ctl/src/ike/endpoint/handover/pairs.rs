@@ -8,7 +8,7 @@ use std::{
 use ipsec_common::TrafficSelector;
 use serde::{Deserialize, Serialize};
 
-use super::Use;
+use super::{Use, remotes::Remotes};
 use crate::ike::{
     config::{ChildName, PeerId},
     event::{ChildSaId, ChildUp, IkeSaId},
@@ -71,7 +71,7 @@ impl Pair {
 pub(super) struct Pairs {
     by_id: BTreeMap<ChildSaId, Pair>,
     lines: BTreeSet<(ChildSaId, ChildSaId)>,
-    children: BTreeSet<(PeerId, ChildName, ChildSaId)>,
+    remotes: Remotes,
     ikes: BTreeSet<(IkeSaId, ChildSaId)>,
     due: BTreeSet<(Time, ChildSaId)>,
 }
@@ -100,16 +100,15 @@ impl Pairs {
         ids.filter_map(|(_, sa)| Some((*sa, self.get(*sa)?)))
     }
 
-    /// Those that may carry what one has carried. All of a line are of the same child.
+    /// Those that may carry what one has carried, oldest first.
     pub(super) fn that_stand_in_for(
         &self,
         pair: &Pair,
     ) -> impl Iterator<Item = (ChildSaId, &Pair)> {
-        let (peer, child) = (pair.peer, pair.child);
-        let ids = self
-            .children
-            .range((peer, child, FIRST)..=(peer, child, LAST));
-        ids.filter_map(|(.., sa)| Some((*sa, self.get(*sa)?)))
+        let mut near = self.remotes.near((pair.peer, pair.child), &pair.remote);
+        near.extend(self.of_line(pair.line).map(|(sa, _)| sa));
+        near.into_iter()
+            .filter_map(|sa| Some((sa, self.get(sa)?)))
             .filter(|(_, other)| other.stands_in_for(pair))
     }
 
@@ -133,7 +132,8 @@ impl Pairs {
     pub(super) fn insert(&mut self, sa: ChildSaId, pair: Pair) {
         self.remove(sa);
         self.lines.insert((pair.line, sa));
-        self.children.insert((pair.peer, pair.child, sa));
+        self.remotes
+            .insert((pair.peer, pair.child), sa, &pair.remote);
         self.ikes.insert((pair.ike, sa));
         self.due.extend(pair.usage.due().map(|at| (at, sa)));
         self.by_id.insert(sa, pair);
@@ -142,7 +142,8 @@ impl Pairs {
     pub(super) fn remove(&mut self, sa: ChildSaId) -> Option<Pair> {
         let pair = self.by_id.remove(&sa)?;
         self.lines.remove(&(pair.line, sa));
-        self.children.remove(&(pair.peer, pair.child, sa));
+        self.remotes
+            .remove((pair.peer, pair.child), sa, &pair.remote);
         self.ikes.remove(&(pair.ike, sa));
         if let Some(at) = pair.usage.due() {
             self.due.remove(&(at, sa));
