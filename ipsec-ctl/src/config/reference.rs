@@ -235,7 +235,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "reauth",
                 "`true`, `false`",
                 "`false`",
-                "Before its lifetime ends the IKE SA is rekeyed in place; with `true` a fresh one comes up beside it, whose peer proves its identity anew.",
+                "Before its lifetime ends the IKE SA is rekeyed in place; with `true` a fresh one comes up beside it, whose peer proves its identity anew, whatever was rekeyed since. A peer that we cannot call is asked to begin it (RFC 4478), and loses the tunnel if it does not.",
             ),
             key(
                 "device",

@@ -183,6 +183,21 @@ impl Handover {
         self.set(sa, Use::Redundant);
     }
 
+    /// Of two IKE SAs that were begun at once this is the one that goes: what waits to send in it need not, where another can.
+    // Else traffic could come back to it just before the peer deletes it.
+    pub(super) fn yields(&mut self, ike: IkeSaId) {
+        for sa in self.pairs.of_ike(ike) {
+            let Some(pair) = self.pairs.get(sa).filter(|_| self.is_unproved(sa)) else {
+                continue;
+            };
+            let another = |(_, other): (_, &Pair)| other.ike != ike && other.usage.is_alive();
+            let has_another = self.pairs.that_stand_in_for(pair).any(another);
+            if has_another {
+                self.redundant(sa);
+            }
+        }
+    }
+
     /// Its traffic has moved on, so it sends no more.
     pub(super) fn closing(&mut self, sa: ChildSaId) -> Vec<Event> {
         let Some(pair) = self.pairs.get(sa).cloned() else {

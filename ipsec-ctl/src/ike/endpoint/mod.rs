@@ -421,6 +421,12 @@ impl Endpoint {
         }
     }
 
+    /// What tests make of it, and see of it.
+    #[cfg(test)]
+    pub(super) fn watched(&mut self) -> &mut shared::Watched {
+        &mut self.shared.watched
+    }
+
     /// As if an IKE SA with the peer had been up before, so that nothing is said of a first contact.
     #[cfg(test)]
     pub(super) fn has_met(&mut self, peer: PeerId) {
@@ -512,6 +518,7 @@ impl Endpoint {
                     self.touched.push(ike);
                     if let Some(sa) = self.sas.get_mut(&ike) {
                         sa.retire(now + grace(sa.initiator));
+                        self.shared.yields(ike);
                     }
                 }
                 FollowUp::Doubt(ike) => {
@@ -584,6 +591,7 @@ impl Endpoint {
                 // peer has started anew and knows of one only, which is seen when it is asked.
                 if other.lowest_nonce() < nonce.as_slice() {
                     other.retire(now + grace(other.initiator));
+                    self.shared.yields(id);
                 } else {
                     other.stays_if_alive(&mut self.shared, now, ike);
                 }
@@ -634,16 +642,12 @@ impl Endpoint {
     /// Begins a fresh IKE SA beside one that is near its end.
     fn replace(&mut self, now: Time, peer: PeerId) {
         let under_way = self.is_connecting(peer);
-        let callable = self
-            .shared
-            .peer(peer)
-            .is_some_and(|config| !config.remote.ways().is_empty());
         let ends = self
             .of_peer(peer)
             .filter(|sa| sa.state == State::Up)
             .min_by_key(|sa| sa.id)
             .map(|sa| (sa.local.ip(), sa.remote.ip()));
-        if let (Some((local, remote)), false, true) = (ends, under_way, callable) {
+        if let (Some((local, remote)), false) = (ends, under_way) {
             let local = SocketAddr::new(local, self.shared.config.ike_port);
             let local = self.shared.local_towards(peer, remote, local);
             self.start_at(now, peer, local, remote);

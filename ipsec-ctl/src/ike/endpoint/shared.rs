@@ -15,6 +15,8 @@ use super::{
     peers::Peers,
     presence::{Presence, Present},
 };
+#[cfg(test)]
+use crate::ike::message::{Payload, payload::NotifyType};
 use crate::ike::{
     Identity,
     config::{EndpointConfig, PeerId, Unique},
@@ -87,6 +89,18 @@ pub(in crate::ike) struct Shared {
     pub(super) handover: Handover,
     refusals: BTreeMap<Refusal, u64>,
     pub(super) next: Numbers,
+    #[cfg(test)]
+    pub(in crate::ike) watched: Watched,
+}
+
+/// What tests make of an endpoint, and see of it.
+#[cfg(test)]
+#[derive(Default)]
+pub(in crate::ike) struct Watched {
+    /// As of a minimal implementation (RFC 7815), its IKE SAs take no SA beyond those of IKE_AUTH.
+    pub(in crate::ike) is_minimal: bool,
+    /// Errors that its responses have told.
+    pub(in crate::ike) told: BTreeSet<NotifyType>,
 }
 
 /// Numbers that are given out next.
@@ -118,7 +132,17 @@ impl Shared {
                 child: 1,
                 ike: 1,
             },
+            #[cfg(test)]
+            watched: Watched::default(),
         }
+    }
+
+    /// Whether peers get no SA beyond those of IKE_AUTH. Only tests have such a side.
+    pub(in crate::ike) fn takes_no_more(&self) -> bool {
+        #[cfg(test)]
+        return self.watched.is_minimal;
+        #[cfg(not(test))]
+        false
     }
 
     pub(in crate::ike) fn random_bytes(&mut self, count: usize) -> Vec<u8> {
@@ -269,6 +293,11 @@ impl Shared {
         self.handover.redundant(sa);
     }
 
+    /// Of two IKE SAs that were begun at once, this is the one that goes.
+    pub(super) fn yields(&mut self, ike: IkeSaId) {
+        self.handover.yields(ike);
+    }
+
     /// Whether another pair than `sa` carries the traffic of a line.
     pub(in crate::ike) fn has_successor(&self, sa: ChildSaId, line: ChildSaId) -> bool {
         self.handover.has_successor(sa, line)
@@ -355,6 +384,17 @@ impl Shared {
             reason,
             detail,
         })));
+    }
+}
+
+#[cfg(test)]
+impl Watched {
+    pub(in crate::ike) fn note(&mut self, payloads: &[Payload<'_>]) {
+        self.told
+            .extend(payloads.iter().filter_map(|payload| match payload {
+                Payload::Notify(notify) if notify.kind.is_error() => Some(notify.kind),
+                _ => None,
+            }));
     }
 }
 

@@ -48,6 +48,7 @@ impl IkeSa {
         let ours = self.deleted_by_name(shared, now, &named);
         let delete_ours = Payload::Delete(Delete::Esp(ours.iter().copied().map(Spi).collect()));
         let addresses = self.addresses_asked(shared, now, request);
+        self.peer_limits_proof(shared, now, &request.notifies);
         let mut payloads = mobike::payloads(&addresses);
         // RFC 7296 section 1.4.1: the answer to a Delete names the other half of each pair.
         if !ours.is_empty() {

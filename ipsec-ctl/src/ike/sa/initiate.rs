@@ -102,6 +102,7 @@ impl IkeSa {
             sent: now,
             younger: None,
             life: None,
+            proof: None,
             succession: Succession::InForce,
         }
     }
@@ -506,6 +507,7 @@ impl IkeSa {
         self.sync.agreed = notifies.has(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED);
         self.agree_on_mobike(shared, notifies);
         self.come_up(shared, now, false);
+        self.peer_limits_proof(shared, now, notifies);
         let first = pending.as_ref().map(|pending| pending.child);
         if let Some(pending) = pending {
             match child {
@@ -580,6 +582,7 @@ impl IkeSa {
     pub(super) fn come_up(&mut self, shared: &mut Shared, now: Time, initial_contact: bool) {
         self.state = State::Up;
         self.established = Some(now);
+        self.begin_proof(shared, now);
         self.set_lifetime(shared, now);
         if let (Some(peer), Some(info)) = (self.peer, self.info()) {
             shared.announce(peer, self.id, info);
@@ -634,12 +637,12 @@ pub(super) fn id_body(kind: u8, data: &[u8]) -> Vec<u8> {
     [&[kind, 0, 0, 0], data].concat()
 }
 
-/// The notifies of NAT detection.
 /// Tells the peer that messages may be split (RFC 7383 section 2.3).
 pub(super) fn fragmentation_supported() -> Payload<'static> {
     Payload::Notify(Notify::new(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED, &[]))
 }
 
+/// The notifies of NAT detection.
 pub(super) fn nat_notifies<'a>(source: &'a [u8], destination: &'a [u8]) -> [Payload<'a>; 2] {
     [
         Payload::Notify(Notify::new(NotifyType::NAT_DETECTION_SOURCE_IP, source)),

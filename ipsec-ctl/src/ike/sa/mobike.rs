@@ -235,7 +235,7 @@ impl IkeSa {
         }
         if !self.mobike.agreed {
             // Without MOBIKE only a fresh IKE SA gets anywhere else.
-            return self.ask_for_replacement(shared);
+            return self.ask_for_replacement(shared, now);
         }
         let port = self.local.port();
         let theirs = if remote == self.remote.ip() {
@@ -468,7 +468,7 @@ impl IkeSa {
             let detail = format!("we are at {} now", self.local);
             let reason = FailureReason::UnacceptableAddresses;
             self.fail(shared, Stage::Move, reason, detail);
-            return self.ask_for_replacement(shared);
+            return self.ask_for_replacement(shared, now);
         }
         let before = self.outer(shared);
         self.find_nat(notifies, probe.path);

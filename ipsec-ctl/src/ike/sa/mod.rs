@@ -111,6 +111,8 @@ pub(super) enum Task {
     CheckPath,
     /// Our further addresses.
     TellAddresses,
+    /// AUTH_LIFETIME: the peer should begin a fresh IKE SA.
+    AskForFresh,
 }
 
 /// A request that has no response yet.
@@ -139,6 +141,7 @@ pub(super) enum Exchange {
     UpdateAddresses(mobike::Probe),
     CheckPath(mobike::Probe),
     TellAddresses,
+    AskForFresh,
 }
 
 impl Exchange {
@@ -154,7 +157,8 @@ impl Exchange {
             | Self::Liveness
             | Self::UpdateAddresses(_)
             | Self::CheckPath(_)
-            | Self::TellAddresses => None,
+            | Self::TellAddresses
+            | Self::AskForFresh => None,
         }
     }
 }
@@ -295,6 +299,8 @@ pub(super) struct IkeSa {
     younger: Option<Box<IkeSaId>>,
     /// When it is replaced and when it ends, once it is authenticated.
     life: Option<Lifetime>,
+    /// Until when the proofs of identity count, if they do not count for ever. Rekeying changes nothing about it.
+    proof: Option<Box<Time>>,
     succession: Succession,
 }
 
@@ -571,9 +577,10 @@ impl IkeSa {
     pub(super) fn retire(&mut self, at: Time) {
         let (at, why) = match self.succession {
             Succession::Retires { at: planned, why } => (planned.min(at), why),
-            Succession::InForce | Succession::Undecided(_) | Succession::BeingReplaced => {
-                (at, DownReason::Replaced)
-            }
+            Succession::InForce
+            | Succession::Undecided(_)
+            | Succession::BeingReplaced
+            | Succession::LeftToPeer => (at, DownReason::Replaced),
         };
         self.succession = Succession::Retires { at, why };
     }
@@ -618,6 +625,11 @@ impl IkeSa {
             && self
                 .established
                 .is_some_and(|since| now - since < SIMULTANEOUS)
+    }
+
+    /// Whether one that we begin now could be taken for one that was begun at the same time as this one.
+    fn may_be_one_of_two(&self, shared: &Shared, now: Time) -> bool {
+        !self.initiator && self.is_as_young(now) && self.can_call_peer(shared)
     }
 
     fn nonces(&self) -> Nonces<'_> {

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use zeroize::Zeroizing;
 
 use super::{
-    Answered, Exchange, FollowUp, IkeSa, Outstanding, State, Task, child::ChildJob, digest,
-    mobike::Path, rekey::Succession, sync::Numbers,
+    Answered, Exchange, FollowUp, IkeSa, Outstanding, SIMULTANEOUS, State, Task, child::ChildJob,
+    digest, mobike::Path, rekey::Succession, sync::Numbers,
 };
 use crate::ike::{
     crypto::{keys::SkKeys, sk},
@@ -161,6 +161,8 @@ impl IkeSa {
         request: &[u8],
         payloads: &[Payload<'_>],
     ) {
+        #[cfg(test)]
+        shared.watched.note(payloads);
         let header = self.header(kind, self.expected_request, true);
         let Some(datagrams) = self.seal(shared, &header, payloads) else {
             return;
@@ -207,6 +209,7 @@ impl IkeSa {
                 Some(Task::UpdateAddresses) => self.update_addresses(shared, now),
                 Some(Task::CheckPath) => self.check_path(shared, now),
                 Some(Task::TellAddresses) => self.tell_addresses(shared, now),
+                Some(Task::AskForFresh) => self.ask_for_fresh(shared, now),
             }
         }
     }
@@ -227,7 +230,8 @@ impl IkeSa {
                 | Task::Liveness
                 | Task::UpdateAddresses
                 | Task::CheckPath
-                | Task::TellAddresses,
+                | Task::TellAddresses
+                | Task::AskForFresh,
             )
             | None => true,
         }
@@ -280,10 +284,10 @@ impl IkeSa {
         };
         // From here on the message is the peer's own.
         self.heard = now;
-        let yields = self.younger.take();
-        shared
-            .follow_ups
-            .extend(yields.map(|younger| FollowUp::Yields(*younger)));
+        if let Some(younger) = self.younger.take() {
+            shared.follow_ups.push_back(FollowUp::Yields(*younger));
+            self.not_replaced(now, SIMULTANEOUS);
+        }
         if may_sync && let Some(numbers) = Self::proposed(encrypted.first, &chain) {
             self.synchronize(shared, now, bytes, numbers);
             return self.next_task(shared, now);
@@ -533,7 +537,7 @@ impl IkeSa {
                 .map(|response| self.update_answered(shared, now, &probe, &response.notifies)),
             Exchange::CheckPath(probe) => Informational::sort(payloads)
                 .map(|response| self.path_answered(shared, now, &probe, &response.notifies)),
-            Exchange::TellAddresses => Ok(()),
+            Exchange::TellAddresses | Exchange::AskForFresh => Ok(()),
             exchange @ (Exchange::Init
             | Exchange::Auth(_)
             | Exchange::Child(_)

@@ -187,6 +187,7 @@ impl IkeSa {
             Exchange::UpdateAddresses(_) => self.tasks.push_front(Task::UpdateAddresses),
             Exchange::CheckPath(_) => self.tasks.push_front(Task::CheckPath),
             Exchange::TellAddresses => self.tasks.push_front(Task::TellAddresses),
+            Exchange::AskForFresh => self.tasks.push_front(Task::AskForFresh),
             // There is nothing to synchronize before IKE_AUTH is answered.
             exchange @ (Exchange::Init | Exchange::Auth(_)) => {
                 shared.release_pending(exchange.spi());

@@ -19,8 +19,11 @@ const NEGOTIATION: Duration = Duration::from_secs(30);
 const KEEP_ALIVE: &[u8] = &[0xff];
 
 impl IkeSa {
+    /// Its life begins.
     pub(super) fn set_lifetime(&mut self, shared: &mut Shared, now: Time) {
-        if let Some(lifetime) = self.peer_config(shared).map(|peer| peer.lifetime) {
+        if let Some(configured) = self.peer_config(shared).map(|peer| peer.lifetime) {
+            let proof = self.proof.as_deref().map(|proof| *proof - now);
+            let lifetime = proof.map_or(configured, |proof| proof.min(configured));
             self.life = Some(Lifetime {
                 soft: Some(now + shared.soft(lifetime, self.initiator)),
                 hard: now + lifetime,
@@ -93,6 +96,9 @@ impl IkeSa {
             return self.delete(shared, now, why);
         }
         self.end_expired_children(shared, now);
+        if self.state != State::Up {
+            return;
+        }
         if self.children_at.is_some_and(|at| at <= now) {
             self.ask_for_missing(shared, now);
         }
@@ -113,16 +119,15 @@ impl IkeSa {
     /// Whether another takes its place in any case, so that nothing in it need be renewed.
     fn is_being_replaced(&self) -> bool {
         match self.succession {
-            Succession::InForce | Succession::Undecided(_) => false,
+            Succession::InForce | Succession::Undecided(_) | Succession::LeftToPeer => false,
             Succession::BeingReplaced | Succession::Retires { .. } => true,
         }
     }
 
     /// It nears its end.
-    // RFC 7296 section 2.8.3: a new proof of identity takes a fresh IKE SA.
     fn renew(&mut self, shared: &mut Shared, now: Time) {
-        if self.peer_config(shared).is_some_and(|peer| peer.reauth) {
-            self.ask_for_replacement(shared);
+        if self.needs_fresh_proof(shared) {
+            self.ask_for_replacement(shared, now);
         } else {
             self.wish_ike_rekeyed(shared, now);
         }
@@ -154,15 +159,11 @@ impl IkeSa {
             Standing::Rekeyed | Standing::Redundant | Standing::Closing => true,
         };
         let left = |child: &ChildSa| over(child) && replaced(child);
-        let mut ended = self.end_children(shared, now, DownReason::Rekeyed, left);
-        let expired = self.end_children(shared, now, DownReason::Expired, over);
-        if !expired.is_empty() {
-            self.child_lost(shared, now);
-        }
-        ended.extend(expired);
+        let ended = self.end_children(shared, now, DownReason::Rekeyed, left);
         if !ended.is_empty() {
             self.push_task(shared, now, Task::DeleteChildren(ended));
         }
+        self.expire_children(shared, now, over);
     }
 
     fn rekey_due_children(&mut self, shared: &mut Shared, now: Time) {
@@ -174,21 +175,6 @@ impl IkeSa {
             .collect();
         for sa in due {
             self.wish_rekeyed(shared, now, sa);
-        }
-    }
-
-    /// The attempt to replace it has failed; another may be made.
-    pub(in crate::ike) fn not_replaced(&mut self, now: Time, again: Duration) {
-        if self.succession == Succession::BeingReplaced {
-            self.succession = Succession::InForce;
-            if let Some(life) = &mut self.life {
-                life.soft = Some(now + again);
-            }
-            for child in &mut self.children {
-                if child.standing == Standing::InForce {
-                    child.life.soft = Some(now + again);
-                }
-            }
         }
     }
 

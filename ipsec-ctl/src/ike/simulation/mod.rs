@@ -19,4 +19,5 @@ mod restarts;
 mod routability;
 mod search;
 mod transport;
+mod uncallable;
 mod upkeep;

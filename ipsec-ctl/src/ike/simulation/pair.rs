@@ -25,6 +25,8 @@ pub(super) const A: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 pub(super) const B: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2));
 /// The peer's id on either side.
 pub(super) const PEER: PeerId = PeerId(7);
+/// The first child.
+pub(super) const CHILD: ChildName = ChildName(0);
 
 /// One side.
 pub(super) struct Side {
@@ -433,6 +435,20 @@ impl Pair {
                 );
                 side.drain(self.now, &mut self.network);
             }
+        }
+    }
+
+    /// Whatever is sent now by the first child is received, and something can be sent.
+    pub(super) fn assert_nothing_is_lost(&self) {
+        for (from, to) in [(&self.a, &self.b), (&self.b, &self.a)] {
+            let mut inbound = to.installed.values().map(|up| up.spi_in);
+            let used = from.used.get(&CHILD).copied();
+            assert!(used.is_some(), "{} has nothing to send on", from.address);
+            assert!(
+                inbound.any(|spi| Some(spi) == used),
+                "{} sends what the peer does not receive",
+                from.address
+            );
         }
     }
 

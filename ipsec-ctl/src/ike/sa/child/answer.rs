@@ -175,6 +175,10 @@ impl IkeSa {
     ) {
         let kind = ExchangeType::CREATE_CHILD_SA;
         let (offer, nonce, ke, notifies) = match request {
+            _ if shared.takes_no_more() => {
+                let notify = NotifyType::NO_ADDITIONAL_SAS;
+                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
+            }
             ChildRequest::RekeyIke { sa, nonce, ke } => {
                 return self.ike_rekey_request(shared, now, bytes, (sa, nonce, ke));
             }

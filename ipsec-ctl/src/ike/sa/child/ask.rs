@@ -388,5 +388,11 @@ impl IkeSa {
             return self.leave_busy_peer(shared, now);
         }
         self.child_not_had(shared, now, &pending.replaces);
+        // RFC 7296 section 1.3: where the peer takes no more, another IKE SA does. One that still carries something stays.
+        let is_full = error == Some(NotifyType::NO_ADDITIONAL_SAS);
+        let is_of_use = !self.children.is_empty() || self.is_as_young(now);
+        if is_full && !is_of_use && self.can_call_peer(shared) {
+            self.ask_for_replacement(shared, now);
+        }
     }
 }

@@ -271,10 +271,26 @@ impl IkeSa {
         if !hard {
             return self.wish_rekeyed(shared, now, sa);
         }
-        let spis = self.end_children(shared, now, DownReason::Expired, |child| child.id == sa);
-        if !spis.is_empty() {
-            self.push_task(shared, now, Task::DeleteChildren(spis));
-            self.child_lost(shared, now);
+        self.expire_children(shared, now, |child| child.id == sa);
+    }
+
+    /// Ends the children that `which` picks, for they are at their limit.
+    pub(in crate::ike::sa) fn expire_children(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        which: impl Fn(&ChildSa) -> bool,
+    ) {
+        let in_force = |child: &ChildSa| which(child) && child.standing == Standing::InForce;
+        // What has ended comes back with a fresh IKE SA alone, which the peer begins when this one is gone.
+        if self.is_left_to_peer() && self.children.iter().any(in_force) {
+            return self.delete(shared, now, DownReason::Expired);
         }
+        let spis = self.end_children(shared, now, DownReason::Expired, which);
+        if spis.is_empty() {
+            return;
+        }
+        self.push_task(shared, now, Task::DeleteChildren(spis));
+        self.child_lost(shared, now);
     }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ike::{
-    config::PeerConfig, endpoint::Shared, event::DownReason, exchange::ChildResponse,
-    message::payload::NotifyType, sa::IkeSa, time::Time,
+    endpoint::Shared, event::DownReason, exchange::ChildResponse, message::payload::NotifyType,
+    sa::IkeSa, time::Time,
 };
 
 /// For so long a peer may be at work on something else.
@@ -47,9 +47,8 @@ impl IkeSa {
     /// The peer is busy without end: what it knows of this IKE SA is not what we know, and the IKE SA is closed.
     // RFC 7296 section 2.25: after several minutes. Where we can call the peer, a fresh one is there before.
     pub(in crate::ike::sa) fn leave_busy_peer(&mut self, shared: &mut Shared, now: Time) {
-        let has_ways = |peer: &PeerConfig| !peer.remote.ways().is_empty();
-        if self.peer_config(shared).is_some_and(has_ways) {
-            self.ask_for_replacement(shared);
+        if self.can_call_peer(shared) {
+            self.ask_for_replacement(shared, now);
         } else {
             self.delete(shared, now, DownReason::Protocol);
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Replaces, Rival, Standing, Succession,
+    Replaces, Rival, Standing,
     collision::{Decision, Ours, Theirs, decide},
     lowest,
 };
@@ -15,7 +15,7 @@ use crate::ike::{
     exchange::Notifies,
     message::payload::{Notify, NotifyType},
     sa::{
-        Exchange, FollowUp, IkeSa, Task,
+        Exchange, IkeSa, SIMULTANEOUS, Task,
         child::{Agreed, ChildJob, ChildSa, Part, PendingChild, Sides},
     },
     time::Time,
@@ -117,7 +117,8 @@ impl IkeSa {
                     | Exchange::Liveness
                     | Exchange::UpdateAddresses(_)
                     | Exchange::CheckPath(_)
-                    | Exchange::TellAddresses => None,
+                    | Exchange::TellAddresses
+                    | Exchange::AskForFresh => None,
                 });
         [waiting, sent]
             .into_iter()
@@ -456,15 +457,10 @@ impl IkeSa {
         if !self.children.iter().any(|child| child.id == replaces.sa) {
             return self.child_failed(shared, now);
         }
-        self.ask_for_replacement(shared);
-    }
-
-    /// A fresh IKE SA is to come up beside this one and take its place.
-    pub(in crate::ike::sa) fn ask_for_replacement(&mut self, shared: &mut Shared) {
-        if let (Some(peer), Succession::InForce) = (self.peer, self.succession) {
-            self.succession = Succession::BeingReplaced;
-            shared.follow_ups.push_back(FollowUp::Replace(peer));
+        if self.may_be_one_of_two(shared, now) {
+            return self.rekey_at(replaces.sa, now + SIMULTANEOUS);
         }
+        self.ask_for_replacement(shared, now);
     }
 
     /// The peer deletes pairs, named by what it receives on; returns those of our SPIs that the answer names.

@@ -24,7 +24,7 @@ use crate::ike::{
     },
     negotiate::proposals,
     sa::{
-        Closed, Exchange, FollowUp, IkeSa, State, Task,
+        Closed, Exchange, FollowUp, IkeSa, SIMULTANEOUS, State, Task,
         child::{ChildJob, Waiting},
         initiate::NONCE_BYTES,
     },
@@ -174,16 +174,17 @@ impl IkeSa {
         };
         match (self.state, self.succession) {
             (State::Up, Succession::Retires { .. } | Succession::Undecided(_)) => Ours::Rekeyed,
-            (State::Up, Succession::InForce | Succession::BeingReplaced) => {
-                match self.asked_for_heir().map(|pending| pending.rival.is_some()) {
-                    Some(true) => Ours::Contested {
-                        ours_is_lowest: false,
-                    },
-                    Some(false) => Ours::Asked,
-                    None if busy => Ours::Busy,
-                    None => Ours::InForce,
-                }
-            }
+            (
+                State::Up,
+                Succession::InForce | Succession::BeingReplaced | Succession::LeftToPeer,
+            ) => match self.asked_for_heir().map(|pending| pending.rival.is_some()) {
+                Some(true) => Ours::Contested {
+                    ours_is_lowest: false,
+                },
+                Some(false) => Ours::Asked,
+                None if busy => Ours::Busy,
+                None => Ours::InForce,
+            },
             _ => Ours::Closing,
         }
     }
@@ -563,7 +564,12 @@ impl IkeSa {
             Decision::Reauthenticate if self.busy.is_some() => {
                 self.leave_busy_peer(shared, now);
             }
-            Decision::Reauthenticate => self.ask_for_replacement(shared),
+            Decision::Reauthenticate if self.may_be_one_of_two(shared, now) => {
+                if let Some(life) = &mut self.life {
+                    life.soft = Some(now + SIMULTANEOUS);
+                }
+            }
+            Decision::Reauthenticate => self.ask_for_replacement(shared, now),
             Decision::Yield => self.yield_to(shared, now, pending),
             Decision::Answer
             | Decision::AnswerAndCompare
@@ -612,6 +618,14 @@ impl IkeSa {
             fragments: self.fragments.inherited(),
             sync: self.sync.inherited(),
             mobike: self.mobike.inherited(),
+            proof: self.proof.clone(),
+            succession: match self.succession {
+                Succession::LeftToPeer => Succession::LeftToPeer,
+                Succession::InForce
+                | Succession::Undecided(_)
+                | Succession::BeingReplaced
+                | Succession::Retires { .. } => Succession::InForce,
+            },
             ..Self::blank(shared.next_ike(), now, self.local, self.remote)
         };
         heir.set_lifetime(shared, now);
@@ -646,7 +660,8 @@ impl IkeSa {
                     | Task::RekeyIke
                     | Task::UpdateAddresses
                     | Task::CheckPath
-                    | Task::TellAddresses => true,
+                    | Task::TellAddresses
+                    | Task::AskForFresh => true,
                     Task::Child(_)
                     | Task::Pair(..)
                     | Task::RekeyChild(_)

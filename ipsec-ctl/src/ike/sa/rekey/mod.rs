@@ -5,6 +5,7 @@ mod busy;
 mod child;
 mod collision;
 mod ike;
+mod reauth;
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +29,8 @@ pub(in crate::ike) enum Succession {
     Undecided(IkeSaId),
     /// A fresh one is coming up beside it.
     BeingReplaced,
+    /// A fresh one is needed, which only the peer can begin. Until then what can be renewed is.
+    LeftToPeer,
     /// Another has taken its place. Unless the peer deletes it before, we do so then.
     Retires {
         /// When.
