@@ -1,6 +1,10 @@
 //! The runner of a suite: tests with sentences for names, skipped with a reason where the machine lacks something.
 
-use std::{process::ExitCode, sync::OnceLock, time::Duration};
+use std::{
+    process::ExitCode,
+    sync::{Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use ipsec_ctl::{dataplane::kernel::probe, esp::EspSuite, net::xfrm::Xfrm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -34,6 +38,8 @@ pub enum Need {
     KernelEsp,
     /// The same, with xfrm interfaces: the guest's if it was built.
     XfrmInterfaces,
+    /// A kernel with ESP and without them: the packaged guest's.
+    NoXfrmInterfaces,
     /// A processor that packet rates can be asked of, not one whose instructions are interpreted.
     Pace,
     /// What `ipsec-ctl probe` finds necessary for the fast path.
@@ -45,6 +51,13 @@ pub enum Need {
 impl Need {
     /// Why the machine does not have it; `None` if it has.
     pub fn missing(self) -> Option<String> {
+        // Tests ask at once, and what one makes to find out would be in the way of another.
+        static ASKING: Mutex<()> = Mutex::new(());
+        let _asking = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lacks()
+    }
+
+    fn lacks(self) -> Option<String> {
         let absent = |programs: &[&str], package: &str| {
             let missing = programs.iter().find(|program| find(program).is_none())?;
             Some(format!(
@@ -67,11 +80,18 @@ impl Need {
                     )
                 })
             }
-            Self::XfrmInterfaces => Self::KernelEsp.missing().or_else(|| {
+            Self::XfrmInterfaces => Self::KernelEsp.lacks().or_else(|| {
                 let added = run("ip", &["link", "add", PROBE, "type", "xfrm", "if_id", "1"]);
                 let _ = run("ip", &["link", "del", PROBE]);
                 added.err().map(|_| {
                     "this kernel has no xfrm interfaces: `cargo xtask vm --build` makes a guest that does".to_owned()
+                })
+            }),
+            Self::NoXfrmInterfaces => Self::KernelEsp.lacks().or_else(|| {
+                let there = Self::XfrmInterfaces.lacks().is_none();
+                there.then(|| {
+                    "this kernel has xfrm interfaces: `cargo xtask vm --packaged` has a guest without"
+                        .to_owned()
                 })
             }),
             Self::Netdevsim => (!netdevsim::is_there()).then(|| {

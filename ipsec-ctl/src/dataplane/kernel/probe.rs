@@ -1,6 +1,9 @@
 //! What the kernel's IPsec can do, found out by asking for it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use zeroize::Zeroizing;
 
@@ -17,6 +20,8 @@ use crate::{
 ///
 /// The kernel's own words.
 pub fn esp(xfrm: &Xfrm, suite: EspSuite) -> Result<(), String> {
+    /// Probes of this process so far.
+    static PROBES: AtomicU32 = AtomicU32::new(0);
     const TEST_NET: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 0));
     let (cipher, integrity) = key_lengths(suite);
     let keys = EspKeys {
@@ -26,8 +31,10 @@ pub fn esp(xfrm: &Xfrm, suite: EspSuite) -> Result<(), String> {
     let state = State {
         source: TEST_NET,
         destination: TEST_NET,
-        // Two probes at once must not meet.
-        spi: 0x8000_0000 | std::process::id(),
+        // Two probes at once must not meet, of one process or of two.
+        spi: 0x8000_0000
+            | (std::process::id() << 8 & 0x7fff_ff00)
+            | (PROBES.fetch_add(1, Ordering::Relaxed) & 0xff),
         mode: Mode::Tunnel,
         reqid: 0,
         if_id: 0,
