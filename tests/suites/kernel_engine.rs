@@ -13,13 +13,12 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    pair::{Flows, PATIENCE, conversation, endless, ends, hosts_talk, start, stop_and_release},
-    ping::Ping,
+    kernel_esp::{self, heals},
+    pair::{Flows, PATIENCE, conversation, ends, hosts_talk, start, stop_and_release},
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     tcp,
     topology::{Family, Options, Side, Topology},
-    udp::Flow,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -61,6 +60,22 @@ fn each_of_several_initiators_and_pairs_under_one_child_gets_its_own_traffic() -
 {
     branches::each_of_two_initiators_gets_its_own(KERNEL)?;
     branches::each_of_two_pairs_of_one_child_carries_its_own(KERNEL)
+}
+
+fn the_first_packet_brings_up_a_tunnel_on_demand() -> anyhow::Result<()> {
+    kernel_esp::the_first_packet_brings_up_a_tunnel_on_demand(KERNEL)
+}
+
+fn nothing_is_lost_while_sas_are_replaced_by_volume() -> anyhow::Result<()> {
+    kernel_esp::nothing_is_lost_while_sas_are_replaced_by_volume(KERNEL)
+}
+
+fn what_others_flush_is_put_back_and_nothing_is_in_the_clear() -> anyhow::Result<()> {
+    kernel_esp::what_others_flush_is_put_back(KERNEL, Some("site"))
+}
+
+fn nothing_is_in_the_clear_through_kill_and_restart() -> anyhow::Result<()> {
+    kernel_esp::nothing_is_in_the_clear_through_kill_and_restart(KERNEL)
 }
 
 fn is_carried_by_the_kernel(gateway: &Gateway<'_>) -> anyhow::Result<()> {
@@ -267,48 +282,6 @@ fn strongswan_on_the_kernels_esp_is_understood_without_udp_and_with_esn() -> any
     Ok(())
 }
 
-fn the_first_packet_brings_up_a_tunnel_on_demand() -> anyhow::Result<()> {
-    let topology = Topology::build(Options::default())?;
-    let (a, b) = ends(V4);
-    let _b = Gateway::start(&topology.gateway_b, &[b.with(KERNEL)])?;
-    let a = a.with("role = \"on-demand\"").with(KERNEL);
-    let a = Gateway::start(&topology.gateway_a, &[a])?;
-    std::thread::sleep(Duration::from_secs(1));
-    ensure!(a.tunnel("site")?.state != State::Up);
-    Ping::to(Side::B.host(V4)).run(&topology.host_a)?;
-    a.wait_up("site", PATIENCE)?;
-    hosts_talk(&topology, V4)
-}
-
-fn nothing_is_lost_while_sas_are_replaced_by_volume() -> anyhow::Result<()> {
-    let topology = Topology::build(Options::default())?;
-    let capture = Capture::start(&topology.router)?;
-    let (mut a, b) = ends(V4);
-    a.children[0]
-        .lines
-        .push("lifetime_packets = 2000".to_owned());
-    let (a, _b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
-    let spi = || -> anyhow::Result<u32> {
-        let tunnel = a.tunnel("site")?;
-        Ok(tunnel.children[0].outbound.context("no SA")?.spi)
-    };
-    let first = spi()?;
-    let flow = Flow {
-        rate: Some(500),
-        time: Duration::from_secs(12),
-        ..Flow::to(Side::B.host(V4))
-    };
-    let report = flow.run(&topology.host_a, &topology.host_b)?;
-    report.is_perfect()?;
-    ensure!(spi()? != first, "the SA was not replaced");
-    capture.stop().is_clean()?;
-    // Replaced ones linger for what is still on its way.
-    wait_for("replaced SAs to go", Duration::from_secs(40), || {
-        let states = topology.gateway_a.ip("xfrm state count")?;
-        Ok(states.contains("SAD count 2").then_some(()))
-    })
-}
-
 fn strongswan_on_the_kernels_esp_is_understood_over_ipv6() -> anyhow::Result<()> {
     let (ike, esp) = ("aes256gcm16-prfsha384-x25519", "aes256gcm16-esn");
     let topology = Topology::build(Options::default())?;
@@ -395,75 +368,6 @@ fn notifications_that_were_lost_are_made_up_for() -> anyhow::Result<()> {
     kill(frozen, Signal::SIGCONT)?;
     heals(&topology, "the tunnel to heal from what it was not told")?;
     ensure!(a.has_logged("were lost"), "{}", a.log(40));
-    capture.stop().is_clean()
-}
-
-/// Pings until one is answered.
-fn heals(topology: &Topology, what: &str) -> anyhow::Result<()> {
-    wait_for(what, PATIENCE, || {
-        let ping = Ping::to(Side::B.host(V4)).count(2);
-        let report = ping.run(&topology.host_a)?;
-        Ok(report.all_answered().is_ok().then_some(()))
-    })
-}
-
-fn what_others_flush_is_put_back_and_nothing_is_in_the_clear() -> anyhow::Result<()> {
-    let topology = Topology::build(Options::default())?;
-    let capture = Capture::start(&topology.router)?;
-    let (a, b) = ends(V4);
-    let (a, _b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
-    hosts_talk(&topology, V4)?;
-    for what in ["policy flush", "state flush"] {
-        topology.gateway_a.ip(&format!("xfrm {what}"))?;
-        heals(&topology, &format!("the tunnel to heal from {what}"))?;
-    }
-    topology.gateway_a.ip("link del site")?;
-    heals(&topology, "the tunnel to heal without its device")?;
-    hosts_talk(&topology, V4)?;
-    ensure!(a.has_logged("somebody has"), "{}", a.log(40));
-    capture.stop().is_clean()
-}
-
-fn nothing_is_in_the_clear_through_kill_and_restart() -> anyhow::Result<()> {
-    let topology = Topology::build(Options::default())?;
-    let capture = Capture::start(&topology.router)?;
-    let (a, b) = ends(V4);
-    let mut a = Gateway::prepare(&topology.gateway_a, "", &[a.with(KERNEL)])?;
-    let mut b = Gateway::prepare(&topology.gateway_b, "", &[b.with(KERNEL)])?;
-    for gateway in [&a, &b] {
-        gateway.guard()?;
-    }
-    let flows = [
-        endless(&topology, Side::A, V4)?,
-        endless(&topology, Side::B, V4)?,
-    ];
-    for _ in 0..2 {
-        b.run()?;
-        a.run()?;
-        a.wait_up("site", PATIENCE)?;
-        for gateway in [&mut a, &mut b] {
-            // What carries packets may be a process of its own.
-            let _ = gateway.kill_data_plane();
-            gateway.kill()?;
-        }
-        std::thread::sleep(Duration::from_secs(1));
-    }
-    b.run()?;
-    a.run()?;
-    for gateway in [&a, &b] {
-        gateway.wait_up("site", PATIENCE)?;
-    }
-    hosts_talk(&topology, V4)?;
-    // What the dead ones left is gone.
-    wait_for("leftovers to go", PATIENCE, || {
-        let states = topology.gateway_a.ip("xfrm state count")?;
-        Ok(states.contains("SAD count 2").then_some(()))
-    })
-    .with_context(|| topology.gateway_a.ip("xfrm state").unwrap_or_default())
-    .with_context(|| a.log(30))?;
-    for flow in flows {
-        flow.cut()?;
-    }
     capture.stop().is_clean()
 }
 

@@ -1,7 +1,7 @@
 //! What should have come through a tunnel and comes in the clear is refused, whatever becomes of the daemon.
 
 use std::{
-    net::{IpAddr, UdpSocket},
+    net::IpAddr,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use ipsec_tests::{
     cases,
     gateway::{Gateway, Tunnel},
-    netns::Netns,
+    injection::{PACKETS, injected, through},
     pair::{PATIENCE, hosts_talk, start, start_default},
     suite::{self, Need::*},
     topology::{Family, Options, Side, Topology, attacker},
@@ -31,44 +31,6 @@ fn main() -> ExitCode {
 
 const V4: Family = Family::V4;
 const V6: Family = Family::V6;
-const PACKETS: u32 = 20;
-
-/// Packets out of [`PACKETS`] that somebody on the network between gets through in the clear, pretending to be `from`.
-fn injected(topology: &Topology, from: IpAddr, into: &Netns, to: IpAddr) -> anyhow::Result<u32> {
-    let receiver = into.run(|| Ok(UdpSocket::bind((to, 0))?))?;
-    receiver.set_read_timeout(Some(Duration::from_millis(400)))?;
-    let at = if from == attacker(V4) || from == attacker(V6) {
-        "wan"
-    } else {
-        "lo"
-    };
-    // An IPv6 address must be good for a socket at once.
-    let nodad = if from.is_ipv6() { "nodad" } else { "" };
-    topology
-        .attacker
-        .ip(&format!("addr replace {from} dev {at} {nodad}"))?;
-    let sender = topology.attacker.run(|| Ok(UdpSocket::bind((from, 0))?))?;
-    for _ in 0..PACKETS {
-        sender.send_to(b"in the clear", receiver.local_addr()?)?;
-    }
-    let mut arrived = 0;
-    while arrived < PACKETS && receiver.recv(&mut [0; 64]).is_ok() {
-        arrived += 1;
-    }
-    Ok(arrived)
-}
-
-/// All of them get through from an address to host A, or none.
-fn through(topology: &Topology, from: IpAddr, all: bool) -> anyhow::Result<()> {
-    let to = Side::A.host(if from.is_ipv4() { V4 } else { V6 });
-    let arrived = injected(topology, from, &topology.host_a, to)?;
-    let wanted = if all { PACKETS } else { 0 };
-    ensure!(
-        arrived == wanted,
-        "{arrived} of {PACKETS} from {from} got through"
-    );
-    Ok(())
-}
 
 fn within(patience: Duration, mut test: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let end = Instant::now() + patience;
