@@ -64,12 +64,17 @@ fn render_tunnel(tunnel: &Tunnel) -> String {
         Peer::At(_) => (tunnel.peer.to_string(), "its address"),
         Peer::Any => ("any address".to_owned(), "any identity"),
     };
+    let device = if tunnel.is_without_device() {
+        "none, policies alone"
+    } else {
+        &tunnel.device
+    };
     let mut text = format!(
         "\ntunnel {}\n  peer      {peer}, as {}\n  we are    {}\n  device    {}\n  IKE       {}\n",
         tunnel.name,
         or(&tunnel.remote_id, any_id),
         or(&tunnel.local_id, "our address"),
-        tunnel.device,
+        device,
         list(&tunnel.ike, "\n            "),
     );
     for child in &tunnel.children {

@@ -226,6 +226,7 @@ fn offload(offload: Offload) -> String {
         Offload::Partial(why) => format!("offloaded in part ({})", why.name()),
         Offload::Declined(why) => format!("not offloaded ({})", why.name()),
         Offload::Kernel(why) => format!("kernel ESP ({})", why.name()),
+        Offload::Policies(why) => format!("kernel ESP by policies alone ({})", why.name()),
     }
 }
 

@@ -40,7 +40,7 @@ fn row(tunnel: &Tunnel) -> Vec<String> {
         .chain(outbound())
         .filter(|direction| match direction.offload {
             Offload::Full | Offload::Partial(_) => true,
-            Offload::Declined(_) | Offload::Kernel(_) => false,
+            Offload::Declined(_) | Offload::Kernel(_) | Offload::Policies(_) => false,
         });
     vec![
         tunnel.name.clone(),

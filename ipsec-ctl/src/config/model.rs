@@ -115,6 +115,8 @@ pub struct Tunnel {
     pub engine: EngineChoice,
     /// How its SAs carry packets.
     pub mode: Mode,
+    /// Policies of the whole host alone lead packets into it.
+    pub policy_based: bool,
     /// Whether XDP may carry it.
     pub fast_path: FastPath,
     /// What the network card does for it.
@@ -133,6 +135,13 @@ pub struct Tunnel {
     pub bypass: Vec<IpNet>,
     /// Its children, at least one.
     pub children: Vec<Child>,
+}
+
+impl Tunnel {
+    /// Whether by its settings it has no device: policies of the whole host alone lead packets into it.
+    pub fn is_without_device(&self) -> bool {
+        self.policy_based || self.mode == Mode::Transport
+    }
 }
 
 /// One child of a tunnel.

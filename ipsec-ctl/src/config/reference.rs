@@ -262,6 +262,12 @@ pub(super) const SECTIONS: &[Section] = &[
                 "Whether packets travel inside others between the gateways, or as they are between this host and the peer, whose addresses the selectors then are. `\"transport\"` needs `engine = \"kernel\"`, has no device and crosses no NAT.",
             ),
             key(
+                "policy_based",
+                "`true`, `false`",
+                "`false`",
+                "Whether IPsec policies of the whole host alone carry the tunnel: from and to its selectors, without a device and without routes of ours. Needs `engine = \"kernel\"`. See [Policies alone](#policies-alone).",
+            ),
+            key(
                 "fast_path",
                 "`\"auto\"`, `\"on\"`, `\"off\"`",
                 "`\"auto\"`",
@@ -393,6 +399,7 @@ pub fn markdown() -> String {
         }
     }
     page.push_str(PEERS);
+    page.push_str(POLICIES);
     page.push_str(MOVES);
     page.push_str(PROPOSALS);
     page
@@ -445,6 +452,23 @@ decides; without `remote_id` that is one of its addresses.
 | `set passive-mode enable` | `role = \"respond\"`, `on_dead = \"clear\"` |
 | `set remotegw-ddns` | a name in `peer` |
 | `set enforce-unique-id replace`, `keep-old`, `disable` | `unique` `\"replace\"`, `\"keep\"`, `\"never\"` |
+";
+
+const POLICIES: &str = "
+## Policies alone
+
+With `policy_based = true` the packets that go into a tunnel are those that its selectors name, whatever the routes say; a packet
+for which there is no route goes nowhere, as ever. So the host's own routes must lead there, for which its default route is enough. What no SA
+protects is blocked, both ways. Of all tunnels without a device, and of their children, the one with the most specific selectors has a
+packet: remote addresses first, then protocol and ports, then local addresses; what it has no SA for is blocked, and no less specific tunnel gets it.
+
+What is within the tunnel's own `local` or its `bypass` stays in the clear, and so does what never leaves its link (multicast and broadcast
+of the link, IPv6's neighbour discovery), even if a remote selector covers it: `local = [\"10.1.0.0/24\"]` with `remote = [\"0.0.0.0/0\"]` leaves the LAN as it is. Refused are
+
+- a child whose local and remote selectors are the same, such as 0.0.0.0/0 on both sides: nothing would tell the sides apart;
+- two tunnels without a device that have the same selectors for their packets;
+- a remote selector that overlaps with one of a tunnel with a device: policies would take its packets before any route;
+- `device`, `mtu`, `address` and `routes`, which have no meaning without a device.
 ";
 
 const MOVES: &str = "

@@ -83,14 +83,14 @@ pub(super) struct TunnelTable {
     pub(super) mtu: Option<Spanned<u16>>,
     pub(super) engine: Option<EngineChoice>,
     pub(super) mode: Option<Spanned<Mode>>,
+    pub(super) policy_based: Option<Spanned<bool>>,
     #[serde(default)]
     pub(super) fast_path: FastPath,
     pub(super) offload: Option<Spanned<NicOffload>>,
     pub(super) df: Option<Spanned<Df>>,
     pub(super) clamp_mss: Option<bool>,
     pub(super) copy_dscp: Option<bool>,
-    #[serde(default)]
-    pub(super) routes: RoutesMode,
+    pub(super) routes: Option<RoutesMode>,
     #[serde(default)]
     pub(super) address: Vec<Text>,
     #[serde(default)]

@@ -1,6 +1,7 @@
 //! From what the file says to what the daemon uses; every problem is collected, not just the first.
 
 mod engine;
+mod policies;
 
 use std::{
     collections::BTreeMap,
@@ -63,6 +64,7 @@ pub(super) fn config(raw: schema::File, read_key: ReadKey<'_>) -> Result<Config,
         .map(|table| tunnel(table, raw.engine, read_key, &mut problems))
         .collect();
     indistinguishable(&tunnels, &spans, &mut problems);
+    policies::shadowed(&tunnels, &spans, &mut problems);
     let config = Config {
         control_socket: raw.control_socket.map_or_else(
             || PathBuf::from(format!("/run/ipsec-xdp/{instance}.sock")),
@@ -209,6 +211,7 @@ fn tunnel(
     let dpd = dpd(&raw.dpd, problems);
     let engine = raw.engine.unwrap_or(default_engine);
     let mode = engine::mode(&raw, engine, (&peer, local), &children, problems);
+    let policy_based = policies::policy_based(&raw, engine, mode, &children, problems);
     Tunnel {
         device: device(&raw, problems),
         peer,
@@ -232,12 +235,13 @@ fn tunnel(
         mtu: mtu(raw.mtu.as_ref(), &children, problems),
         engine,
         mode,
+        policy_based,
         fast_path: raw.fast_path,
         offload: engine::offload(raw.offload.as_ref(), engine, problems),
         df: engine::df(raw.df.as_ref(), engine, problems),
         clamp_mss: raw.clamp_mss.unwrap_or(true),
         copy_dscp: raw.copy_dscp.unwrap_or(true),
-        routes: raw.routes,
+        routes: raw.routes.unwrap_or_default(),
         address: prefixes(&raw.address, Prefix::Host, problems),
         bypass: prefixes(&raw.bypass, Prefix::Network, problems),
         children,

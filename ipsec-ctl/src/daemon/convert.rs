@@ -44,6 +44,7 @@ pub(super) fn tunnel_spec(
         fast_path: tunnel.fast_path,
         offload: tunnel.offload,
         mode: tunnel.mode,
+        policy_based: tunnel.policy_based,
         df: tunnel.df,
         clamp_mss: tunnel.clamp_mss,
         copy_dscp: tunnel.copy_dscp,

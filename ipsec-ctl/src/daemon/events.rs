@@ -396,6 +396,16 @@ impl Gateway {
                     state.mtu = Some(mtu);
                 }
             }
+            seam::Event::PoliciesAlone { tunnel, reason } => {
+                info!(
+                    tunnel = self.name_of(PeerId(tunnel.0)),
+                    reason = reason.name(),
+                    "the tunnel has no device: policies of the whole host alone lead packets into it, and no routes are made for it"
+                );
+                if let Some(state) = self.tunnels.get_mut(tunnel) {
+                    state.policies = Some(reason);
+                }
+            }
             seam::Event::DeviceChanged { tunnel, from, to } => {
                 info!(
                     tunnel = self.name_of(PeerId(tunnel.0)),

@@ -8,7 +8,7 @@ use crate::{
     dataplane::{
         kernel, link,
         routing::{self, Routing},
-        seam::{Mode, TunnelId},
+        seam::TunnelId,
         xdp::program,
     },
     net::{netlink::Netlink, preflight, tun::Tun},
@@ -29,11 +29,12 @@ pub fn guard(config: &Config) -> io::Result<String> {
             [config.ports.ike, config.ports.nat_traversal],
         );
         let mut prefixes = 0;
+        let mut without_device = Vec::new();
         for (number, tunnel) in (1..).zip(&config.tunnels) {
             let spec = convert::tunnel_spec(TunnelId(number), tunnel, &[], &BTreeSet::new());
-            if spec.mode == Mode::Transport {
-                kernel::engine::block(&spec, [config.ports.ike, config.ports.nat_traversal])?;
-                prefixes += spec.children.len();
+            if tunnel.is_without_device() {
+                prefixes += spec.routing.remote.len();
+                without_device.push(spec);
                 continue;
             }
             let spec = spec.routing;
@@ -47,6 +48,7 @@ pub fn guard(config: &Config) -> io::Result<String> {
                 .map(|link| link.index);
             routing.set(number, &tunnel.device, device, &spec);
         }
+        kernel::engine::block(&without_device)?;
         routing.apply().await.map_err(io::Error::other)?;
         routing.guard();
         Ok(format!(
@@ -78,7 +80,8 @@ pub fn release(config: &Config) -> io::Result<String> {
         let mut devices = kernel::engine::release(&netlink)
             .await
             .map_err(io::Error::other)?;
-        for tunnel in &config.tunnels {
+        let tunnels = config.tunnels.iter();
+        for tunnel in tunnels.filter(|tunnel| !tunnel.is_without_device()) {
             let there = netlink
                 .link(&tunnel.device)
                 .await

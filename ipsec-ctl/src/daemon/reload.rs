@@ -166,7 +166,11 @@ impl Gateway {
                 }
                 Some((_, old)) if old == tunnel => {}
                 Some((id, old)) => {
-                    lines.push(match self.change_tunnel(*id, old, tunnel).await {
+                    let changed = match self.change_tunnel(*id, old, tunnel).await {
+                        Err(seam::Rejected::Immovable) => self.start_anew(*id, tunnel).await,
+                        other => other,
+                    };
+                    lines.push(match changed {
                         Ok(()) => format!("{} changed", tunnel.name),
                         Err(cause) => format!("{} could not be changed: {cause}", tunnel.name),
                     });
@@ -219,6 +223,12 @@ impl Gateway {
         self.tunnels.remove(id);
     }
 
+    /// Takes a tunnel down and starts it as it is configured now.
+    async fn start_anew(&mut self, id: TunnelId, new: &Tunnel) -> Result<(), seam::Rejected> {
+        self.remove_tunnel(id).await;
+        self.add_tunnel(new.clone()).await
+    }
+
     /// Changes a tunnel in place where its SAs can stay, else takes it down and starts it anew.
     async fn change_tunnel(
         &mut self,
@@ -227,8 +237,7 @@ impl Gateway {
         new: &Tunnel,
     ) -> Result<(), seam::Rejected> {
         if !is_same_negotiation(old, new) {
-            self.remove_tunnel(id).await;
-            return self.add_tunnel(new.clone()).await;
+            return self.start_anew(id, new).await;
         }
         let (places, elsewhere) = self
             .tunnels
@@ -290,6 +299,7 @@ pub(super) fn terms(tunnel: &Tunnel) -> Vec<u8> {
         mtu: _,
         engine: _,
         mode,
+        policy_based,
         fast_path: _,
         offload: _,
         df: _,
@@ -304,7 +314,7 @@ pub(super) fn terms(tunnel: &Tunnel) -> Vec<u8> {
     let secret = digest::digest(&digest::SHA256, psk.expose());
     context.update(secret.as_ref());
     let who = format!(
-        "{peer:?} {local:?} {local_id:?} {remote_id:?} {ike:?} {nat:?} {device:?} {mode:?}"
+        "{peer:?} {local:?} {local_id:?} {remote_id:?} {ike:?} {nat:?} {device:?} {mode:?} {policy_based}"
     );
     context.update(who.as_bytes());
     for child in children {

@@ -17,9 +17,7 @@ use crate::{
         },
     },
     config::{Peer, Role},
-    dataplane::seam::{
-        InterfaceStatus, Mode, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode,
-    },
+    dataplane::seam::{InterfaceStatus, Offload, OffloadReason, SaId, SaStats, TunnelId, XdpMode},
     ike::{
         config::{ChildName, PeerId},
         event::{self, Command, IkeInfo},
@@ -200,9 +198,9 @@ impl Gateway {
         Tunnel {
             name: tunnel.config.name.clone(),
             state,
-            device: match tunnel.config.mode {
-                Mode::Tunnel => tunnel.config.device.clone(),
-                Mode::Transport => "none (transport mode)".to_owned(),
+            device: match tunnel.policies {
+                None => tunnel.config.device.clone(),
+                Some(reason) => format!("none, policies alone ({})", reason.name()),
             },
             mtu: tunnel.mtu,
             device_changed: tunnel

@@ -231,7 +231,8 @@ impl Gateway {
         let survey = self.engine.survey().await;
         for tunnel in survey.tunnels {
             if let Some(state) = self.tunnels.get_mut(tunnel.id) {
-                state.mtu = Some(tunnel.mtu);
+                state.mtu = tunnel.mtu;
+                state.policies = tunnel.policies;
             }
         }
         for sa in survey.sas {

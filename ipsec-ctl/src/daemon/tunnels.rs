@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     config::Tunnel,
-    dataplane::seam::{Ledger, SaId, SaSpec, TunnelId},
+    dataplane::seam::{Ledger, PoliciesReason, SaId, SaSpec, TunnelId},
     ike::{
         config::ChildName,
         crypto::ChildSuite,
@@ -51,6 +51,8 @@ pub(super) struct TunnelState {
     pub(super) failed: BTreeMap<IpAddr, String>,
     /// MTU of its device.
     pub(super) mtu: Option<u16>,
+    /// Why it has no device, if it has none.
+    pub(super) policies: Option<PoliciesReason>,
     /// Index of its device before and after it went to another engine last.
     pub(super) device_changed: Option<(u32, u32)>,
     /// Pairs of SAs that are installed.
@@ -215,6 +217,7 @@ impl Tunnels {
                 looked_up: Instant::now(),
                 failed: BTreeMap::new(),
                 mtu: None,
+                policies: None,
                 device_changed: None,
                 pairs: BTreeMap::new(),
             },

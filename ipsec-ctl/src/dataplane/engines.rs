@@ -78,8 +78,14 @@ impl Engines {
             Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
             Command::Configured => {
                 let _moves = self.moves.lock().await;
-                if let Some(kernel) = self.kernel.get() {
-                    kernel.command(Command::Configured).await?;
+                match self.kernel.get() {
+                    Some(kernel) => kernel.command(Command::Configured).await.map(drop)?,
+                    // No tunnel is the kernel's: what a former life has left of its policies must not be in the way.
+                    None => {
+                        if let Err(error) = kernel::engine::release(&self.netlink).await {
+                            tracing::warn!(%error, "a leftover of the kernel's IPsec stays");
+                        }
+                    }
                 }
                 self.xdp.command(Command::Configured).await
             }
@@ -234,6 +240,16 @@ impl Engines {
         let home = match reason {
             None => Home::Xdp,
             Some(reason) => match self.start_kernel().await {
+                // Nobody has asked for policies alone, which need routes of the host's own.
+                Ok(kernel)
+                    if reason == KernelReason::NoFastPath && kernel.is_without_device(spec) =>
+                {
+                    tracing::info!(
+                        tunnel = spec.name,
+                        "the kernel has no xfrm interfaces: the slow path carries the tunnel"
+                    );
+                    Home::Xdp
+                }
                 Ok(_) => Home::Kernel(reason),
                 Err(error) if reason == KernelReason::Configured => {
                     return Err(Rejected::Kernel {
@@ -247,11 +263,17 @@ impl Engines {
                 }
             },
         };
-        if home == Home::Xdp && spec.mode == Mode::Transport {
-            return Err(Rejected::Kernel {
-                step: "mode = \"transport\"".to_owned(),
-                reason: "only engine = \"kernel\" carries it".to_owned(),
-            });
+        let only_kernel = [
+            (spec.mode == Mode::Transport, "mode = \"transport\""),
+            (spec.policy_based, "policy_based = true"),
+        ];
+        if home == Home::Xdp
+            && let Some((_, step)) = only_kernel.iter().find(|(wanted, _)| *wanted)
+        {
+            return Err(Rejected::by_kernel(
+                step,
+                &"only engine = \"kernel\" carries it",
+            ));
         }
         Ok(home)
     }

@@ -1,7 +1,10 @@
 //! Sockets on which IKE and ESP arrive, and raw ones that send whole outer packets.
 //!
 //! All are non-blocking and carry our firewall mark, which keeps what they send out of the tunnels.
-#![expect(unsafe_code, reason = "IP_MTU_DISCOVER has no safe wrapper")]
+#![expect(
+    unsafe_code,
+    reason = "IP_MTU_DISCOVER and IP_XFRM_POLICY have no safe wrapper"
+)]
 
 use std::{
     io,
@@ -18,7 +21,10 @@ use nix::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::esp_filter;
+use super::{
+    esp_filter,
+    xfrm::{PolicyDirection, socket_pass},
+};
 
 /// Receive buffer of each socket in bytes: some milliseconds at full speed.
 const BUFFER_BYTES: usize = 4 << 20;
@@ -62,6 +68,15 @@ impl Listener {
     /// What the kernel refused.
     pub fn ignore(&self, v6: bool, spis: &[u32]) -> io::Result<()> {
         self.socket.attach_filter(&esp_filter::without(v6, spis))
+    }
+
+    /// Lets what it sends and receives pass whatever the IPsec policies of the whole host say.
+    ///
+    /// # Errors
+    ///
+    /// `ENOPROTOOPT` where the kernel has no XFRM, `EINVAL` before it has loaded `xfrm_user`.
+    pub fn pass_policies(&self, v6: bool) -> io::Result<()> {
+        pass_policies(&self.socket, v6)
     }
 
     /// A UDP socket on all addresses of a family.
@@ -274,6 +289,7 @@ pub fn encapsulated(
     }
     socket.set_reuse_port(true)?;
     socket.bind(&local.into())?;
+    pass_policies(&socket, local.is_ipv6())?;
     socket.connect(&remote.into())?;
     let socket = UdpSocket::from(socket);
     let mut buffer = vec![0; 65_535];
@@ -317,6 +333,15 @@ impl RawSender {
             )?;
         }
         Ok(Self { socket })
+    }
+
+    /// As [`Listener::pass_policies`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn pass_policies(&self, v6: bool) -> io::Result<()> {
+        pass_policies(&self.socket, v6)
     }
 
     /// Sends one packet.
@@ -365,6 +390,22 @@ fn open(v6: bool, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socke
     Ok(socket)
 }
 
+/// A socket that has a policy of its own is not asked about by those of the whole host.
+fn pass_policies(socket: &impl AsRawFd, v6: bool) -> io::Result<()> {
+    // include/uapi/linux/in.h and in6.h
+    const IP_XFRM_POLICY: libc::c_int = 17;
+    const IPV6_XFRM_POLICY: libc::c_int = 35;
+    let (level, option) = if v6 {
+        (libc::IPPROTO_IPV6, IPV6_XFRM_POLICY)
+    } else {
+        (libc::IPPROTO_IP, IP_XFRM_POLICY)
+    };
+    for direction in [PolicyDirection::In, PolicyDirection::Out] {
+        set_bytes(socket, level, option, &socket_pass(v6, direction))?;
+    }
+    Ok(())
+}
+
 /// Sets an integer option for which there is no safe wrapper.
 fn set_option(
     socket: &impl AsRawFd,
@@ -372,15 +413,24 @@ fn set_option(
     option: libc::c_int,
     value: libc::c_int,
 ) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of::<libc::c_int>())
+    set_bytes(socket, level, option, &value.to_ne_bytes())
+}
+
+fn set_bytes(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &[u8],
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len())
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: the descriptor is open, and the option is an integer that outlives the call.
+    // SAFETY: the descriptor is open, and the kernel reads `length` bytes of a slice that has so many and outlives the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             level,
             option,
-            (&raw const value).cast(),
+            value.as_ptr().cast(),
             length,
         )
     };

@@ -162,6 +162,7 @@ pub(crate) fn tunnel(local: u8, remote: u8) -> TunnelSpec {
         fast_path: FastPath::Off,
         offload: NicOffload::Off,
         mode: Mode::Tunnel,
+        policy_based: false,
         df: Df::Copy,
         clamp_mss: true,
         copy_dscp: true,

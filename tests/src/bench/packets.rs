@@ -160,6 +160,7 @@ pub(super) fn tunnel(number: u16, swapped: bool) -> TunnelSpec {
         fast_path: FastPath::On,
         offload: NicOffload::Off,
         mode: Mode::Tunnel,
+        policy_based: false,
         df: Df::Copy,
         clamp_mss: true,
         copy_dscp: true,

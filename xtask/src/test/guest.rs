@@ -21,20 +21,32 @@ pub(super) struct Group {
 }
 
 /// Cheapest first.
-pub(super) const GROUPS: &[Group] = &[Group {
-    name: "guest",
-    long: false,
-    kernel: user_mode,
-    suites: &[
-        "oracle",
-        "kernel_engine",
-        "nic_offload",
-        "transport_mode",
-        "vlan",
-    ],
-    limit: Duration::from_secs(900),
-    slower: 1,
-}];
+pub(super) const GROUPS: &[Group] = &[
+    Group {
+        name: "guest",
+        long: false,
+        kernel: user_mode,
+        suites: &[
+            "oracle",
+            "kernel_engine",
+            "nic_offload",
+            "transport_mode",
+            "policies",
+            "vlan",
+        ],
+        limit: Duration::from_secs(900),
+        slower: 1,
+    },
+    // Without xfrm interfaces.
+    Group {
+        name: "packaged-guest",
+        long: true,
+        kernel: Kernel::packaged,
+        suites: &["policies"],
+        limit: Duration::from_secs(900),
+        slower: 1,
+    },
+];
 
 fn user_mode() -> anyhow::Result<Kernel> {
     Kernel::built().map_or_else(Kernel::packaged, Ok)

@@ -13,7 +13,7 @@ use crate::{
     dataplane::{
         routing::Place,
         seam::{
-            Command, Direction, Event, KernelReason, LifetimeKind, Mode, Rejected, SaId, TunnelId,
+            Command, Direction, Event, KernelReason, LifetimeKind, Rejected, SaId, TunnelId,
             TunnelSpec,
         },
     },
@@ -97,8 +97,12 @@ impl Engines {
         to: Home,
     ) -> Result<(), Rejected> {
         let (id, device) = (spec.id, spec.device.clone());
+        let kernel = self.kernel.get();
+        if kernel.is_some_and(|kernel| kernel.is_without_device(&spec)) {
+            return Err(Rejected::Immovable);
+        }
         let old = self.device(to.other(), id).await.map(|(name, _)| name);
-        if spec.mode == Mode::Transport || old.as_ref() != Some(&device) {
+        if old.as_ref() != Some(&device) {
             // Its device is to be another one: nothing of it stays.
             self.remove_from(to.other(), id).await?;
             return self.put(to, spec, Place::InUse).await;

@@ -5,6 +5,7 @@ mod place;
 mod repair;
 mod resume;
 mod sa;
+mod shared;
 mod tunnel;
 
 use std::{
@@ -20,11 +21,11 @@ use tokio::{
     time::sleep,
 };
 
-use self::{sa::Sa, tunnel::Tunnel};
+use self::{sa::Sa, shared::Shared, tunnel::Tunnel};
 use super::{
     capabilities::{Capabilities, Incapable},
     encap::Sockets,
-    transport,
+    host,
 };
 use crate::{
     dataplane::{
@@ -51,7 +52,7 @@ pub(super) const PROBE_IF_ID: u32 = 0x4958_ffff;
 /// What policies name states by. Others begin at 1.
 const FIRST_REQID: u32 = 0x4958_0000;
 const LAST_REQID: u32 = 0x4fff_ffff;
-/// The number of what belongs to no interface: tunnels in transport mode.
+/// The number of what belongs to no interface: that of tunnels without a device.
 const NO_IF_ID: u32 = 0;
 /// After a change the kernel often reports more of them: they are seen to together.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -68,7 +69,7 @@ fn is_our_state(state: &StateStatus) -> bool {
 }
 
 fn is_our_policy(policy: &Policy) -> bool {
-    is_ours(policy.if_id) || transport::is_ours(policy)
+    is_ours(policy.if_id) || host::is_ours(policy)
 }
 
 /// Why an engine did not start.
@@ -77,6 +78,9 @@ pub enum StartError {
     /// The kernel lacks something.
     #[error(transparent)]
     Incapable(#[from] Incapable),
+    /// The sockets of IKE and ESP would meet the policies of the whole host.
+    #[error("let IKE pass IPsec policies: {0}")]
+    Sockets(#[source] io::Error),
     /// A socket could not be opened.
     #[error("watch the kernel's IPsec: {0}")]
     Watch(#[source] io::Error),
@@ -106,6 +110,8 @@ struct Everything {
     /// Devices whose TCP is clamped, with their MTU, as the kernel was told last.
     clamped: BTreeMap<String, u16>,
     tunnels: BTreeMap<TunnelId, Tunnel>,
+    /// The policies of tunnels without a device.
+    shared: Shared,
     sas: BTreeMap<SaId, Sa>,
     sockets: Sockets,
     next_reqid: u32,
@@ -133,6 +139,13 @@ impl Engine {
         let xfrm = Xfrm::open().map_err(|error| Incapable::Xfrm(error.to_string()))?;
         let netlink = Netlink::open().map_err(StartError::Watch)?;
         let capabilities = Capabilities::ask(&xfrm, &netlink).await?;
+        // Before there are policies that IKE would meet.
+        lodge.pass_policies().map_err(StartError::Sockets)?;
+        let mut everything = Everything::default();
+        let left = xfrm
+            .policies()
+            .map_err(|error| StartError::Watch(io::Error::other(error)))?;
+        everything.shared.note(&left);
         let notices = Watch::start().map_err(StartError::Watch)?;
         let changes = watch::start().map_err(StartError::Watch)?;
         let inner = Arc::new(Inner {
@@ -141,7 +154,7 @@ impl Engine {
             netlink,
             lodge,
             capabilities,
-            state: Mutex::default(),
+            state: Mutex::new(everything),
             dirty: Notify::new(),
         });
         let keeper = tokio::spawn(keep(Arc::clone(&inner), notices, changes));
@@ -248,6 +261,13 @@ impl Engine {
         stats.collect()
     }
 
+    /// Whether a tunnel has no device here, or would have none.
+    pub fn is_without_device(&self, spec: &TunnelSpec) -> bool {
+        let capabilities = &self.inner.capabilities;
+        let alone = capabilities.policies_alone(spec.mode, spec.policy_based);
+        alone.is_some()
+    }
+
     /// All SAs, and the tunnels whose devices are in use.
     pub async fn survey(&self) -> Survey {
         let everything = self.inner.state.lock().await;
@@ -258,8 +278,8 @@ impl Engine {
                 .filter(|(_, tunnel)| tunnel.place == Place::InUse)
                 .map(|(id, tunnel)| TunnelFacts {
                     id: *id,
-                    device: tunnel.spec.device.clone(),
-                    mtu: tunnel.mtu,
+                    mtu: tunnel.has_device().then_some(tunnel.mtu),
+                    policies: tunnel.alone,
                 })
                 .collect(),
             sas: everything
@@ -337,6 +357,11 @@ impl Inner {
                 }
             }
             Notice::Removed => self.dirty.notify_one(),
+            Notice::PoliciesFlushed => {
+                // At once: what tunnels without a device protect is open until then.
+                self.restore_policies(all);
+                self.dirty.notify_one();
+            }
             Notice::Overrun => {
                 tracing::warn!(
                     "notifications of the kernel's IPsec were lost: all of it is looked at"
@@ -400,23 +425,25 @@ pub async fn remove_device(netlink: &Netlink, device: &str) -> Result<(), Reject
     Ok(())
 }
 
-/// Blocks what a tunnel in transport mode protects, for as long as there is no engine.
+/// Blocks what tunnels without a device protect, for as long as there is no engine.
 ///
 /// # Errors
 ///
 /// What the kernel refused.
-pub fn block(spec: &TunnelSpec, ports: [u16; 2]) -> io::Result<()> {
+pub fn block(tunnels: &[TunnelSpec]) -> io::Result<()> {
+    if tunnels.is_empty() {
+        return Ok(());
+    }
     let xfrm = Xfrm::open()?;
     let there = xfrm.policies().map_err(io::Error::other)?;
-    let selectors: Vec<_> = spec.children.iter().map(|child| &child.selectors).collect();
-    let wanted = transport::plan(&selectors, &[], ports).map_err(io::Error::other)?;
-    // What an engine has left protects as well.
-    let is_there = |policy: &Policy| {
-        let same = |one: &Policy| transport::is_ours(one) && one.key() == policy.key();
-        there.iter().any(same)
-    };
-    for policy in wanted.iter().filter(|policy| !is_there(policy)) {
-        xfrm.set_policy(policy).map_err(io::Error::other)?;
+    let mut shared = Shared::default();
+    shared.note(&there);
+    for tunnel in tunnels {
+        let mut wanted = tunnel::blocked(tunnel).map_err(io::Error::other)?;
+        // Where an engine has left a policy that protects, its SA may go on.
+        wanted.retain(|policy| !shared.is_protected(policy));
+        let done = shared.want(tunnel.id, &wanted, &xfrm);
+        done.map_err(io::Error::other)?;
     }
     Ok(())
 }

@@ -1,14 +1,15 @@
 //! Which policies a tunnel needs: a pure function of its children and of the SAs that they have.
 //!
-//! All belong to the tunnel's xfrm interface, so that those of two tunnels cannot meet. What no child's selectors match
-//! meets a policy that blocks: an xfrm interface without SAs lets nothing through in either direction.
+//! With an xfrm interface all belong to it, so that those of two tunnels cannot meet. What no child's selectors match
+//! meets a policy that blocks: an xfrm interface without SAs lets nothing through in either direction. Those of tunnels without
+//! one are put together in [`super::host`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
 };
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 use ipsec_common::{Spi, TrafficSelector};
 
 use super::selectors::{Inexpressible, between};
@@ -22,7 +23,7 @@ const FIRST_CHILD: u32 = 0x1000;
 /// Within a child the most specific selectors come first; so many degrees there are.
 const DEGREES: u32 = (MOST_BITS + 1) * 4 * (MOST_BITS + 1);
 /// Length of the longest prefix.
-const MOST_BITS: u32 = 128;
+pub(super) const MOST_BITS: u32 = 128;
 /// The backstop comes last.
 const BACKSTOP: u32 = u32::MAX;
 
@@ -74,8 +75,7 @@ pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, 
     let mut plan = Plan {
         if_id,
         mode: Mode::Tunnel,
-        first: FIRST_CHILD,
-        last: BACKSTOP - 1,
+        priority,
         inward: &[PolicyDirection::In, PolicyDirection::Forward],
         policies: BTreeMap::new(),
     };
@@ -92,9 +92,8 @@ pub fn plan(if_id: u32, children: &[ChildPlan<'_>]) -> Result<BTreeSet<Policy>, 
 pub(super) struct Plan {
     pub(super) if_id: u32,
     pub(super) mode: Mode,
-    /// Priorities of children.
-    pub(super) first: u32,
-    pub(super) last: u32,
+    /// When a policy of a child is asked.
+    pub(super) priority: fn(u32, PolicyDirection, &Selector) -> u32,
     /// Where what was received is held against policies.
     pub(super) inward: &'static [PolicyDirection],
     pub(super) policies: BTreeMap<(PolicyDirection, Selector), Policy>,
@@ -167,10 +166,7 @@ impl Plan {
                 .or_insert_with(|| Policy {
                     direction,
                     selector,
-                    priority: self
-                        .first
-                        .saturating_add(priority(child, direction, &selector))
-                        .min(self.last),
+                    priority: (self.priority)(child, direction, &selector),
                     if_id: self.if_id,
                     action: Action::Protect(template(&selector)),
                     card,
@@ -184,30 +180,49 @@ impl Plan {
     }
 }
 
-/// When the policy of a child is asked, from the first priority on: those of earlier children first, of one child the most specific.
-fn priority(child: u32, direction: PolicyDirection, selector: &Selector) -> u32 {
-    let (local, remote, remote_port) = match direction {
-        PolicyDirection::Out => (
-            selector.source,
-            selector.destination,
-            selector.destination_port,
-        ),
-        PolicyDirection::In | PolicyDirection::Forward => {
-            (selector.destination, selector.source, selector.source_port)
-        }
+/// A side of the packets that a policy is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) net: IpNet,
+    pub(super) port: PortMask,
+}
+
+impl End {
+    /// Bits of an address that are free.
+    pub(super) fn free(self) -> u32 {
+        MOST_BITS - u32::from(self.net.prefix_len())
+    }
+}
+
+/// Our side of the packets, and the peer's.
+pub(super) fn ends(direction: PolicyDirection, selector: &Selector) -> (End, End) {
+    let source = End {
+        net: selector.source,
+        port: selector.source_port,
     };
-    let free = |net: IpNet| MOST_BITS - u32::from(net.prefix_len());
-    let any = u32::from(selector.protocol == 0) * 2 + u32::from(remote_port.mask == 0);
-    let degree = (free(remote) * 4 + any) * (MOST_BITS + 1) + free(local);
-    child.saturating_mul(DEGREES).saturating_add(degree)
+    let destination = End {
+        net: selector.destination,
+        port: selector.destination_port,
+    };
+    match direction {
+        PolicyDirection::Out => (source, destination),
+        PolicyDirection::In | PolicyDirection::Forward => (destination, source),
+    }
+}
+
+/// When the policy of a child is asked: those of earlier children first, of one child the most specific.
+fn priority(child: u32, direction: PolicyDirection, selector: &Selector) -> u32 {
+    let (local, remote) = ends(direction, selector);
+    let any = u32::from(selector.protocol == 0) * 2 + u32::from(remote.port.mask == 0);
+    let degree = (remote.free() * 4 + any) * (MOST_BITS + 1) + local.free();
+    child
+        .saturating_mul(DEGREES)
+        .saturating_add(FIRST_CHILD + degree)
+        .min(BACKSTOP - 1)
 }
 
 /// What blocks everything on an xfrm interface.
 pub fn backstops(if_id: u32) -> Vec<Policy> {
-    let everything: [IpNet; 2] = [
-        Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into(),
-        Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into(),
-    ];
     let directions = [
         PolicyDirection::Out,
         PolicyDirection::In,
@@ -216,15 +231,9 @@ pub fn backstops(if_id: u32) -> Vec<Policy> {
     directions
         .into_iter()
         .flat_map(|direction| {
-            everything.into_iter().map(move |net| Policy {
+            [false, true].into_iter().map(move |v6| Policy {
                 direction,
-                selector: Selector {
-                    source: net,
-                    destination: net,
-                    protocol: 0,
-                    source_port: PortMask::default(),
-                    destination_port: PortMask::default(),
-                },
+                selector: Selector::everything(v6),
                 priority: BACKSTOP,
                 if_id,
                 action: Action::Block,
@@ -242,6 +251,8 @@ pub fn covers_ipv6(selectors: &SelectorPair) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     fn pair(local: &str, remote: &str) -> SelectorPair {

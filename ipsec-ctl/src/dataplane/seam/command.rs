@@ -75,6 +75,8 @@ pub struct TunnelSpec {
     pub fast_path: FastPath,
     /// How its SAs carry packets.
     pub mode: Mode,
+    /// Policies of the whole host alone lead packets into it: it has no device and no routes.
+    pub policy_based: bool,
     /// What of the kernel's ESP the network card is to do.
     pub offload: NicOffload,
     /// Don't-fragment bit of the outer IPv4 header.

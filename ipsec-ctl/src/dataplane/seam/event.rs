@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipsec_common::Spi;
 use serde::{Deserialize, Serialize};
 
-use super::{ChildId, IkeDatagram, Ledger, SaId, TunnelId};
+use super::{ChildId, IkeDatagram, Ledger, PoliciesReason, SaId, TunnelId};
 
 /// An event. All but IKE datagrams are limited in rate by the engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +52,13 @@ pub enum Event {
         tunnel: TunnelId,
         /// The new MTU in bytes.
         mtu: u16,
+    },
+    /// A tunnel was set up without a device that by its settings would have one.
+    PoliciesAlone {
+        /// The tunnel.
+        tunnel: TunnelId,
+        /// Why.
+        reason: PoliciesReason,
     },
     /// A tunnel has gone to another engine, and its name to a device with another index.
     DeviceChanged {

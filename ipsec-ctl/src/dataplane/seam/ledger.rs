@@ -71,6 +71,31 @@ pub enum Offload {
     Declined(OffloadReason),
     /// The kernel's ESP carries it, for the reason given.
     Kernel(KernelReason),
+    /// The kernel's ESP carries it by policies of the whole host, without a device, for the reason given.
+    Policies(PoliciesReason),
+}
+
+/// Why a tunnel of the kernel's ESP has no device, and policies of the whole host alone lead packets into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoliciesReason {
+    /// `mode = "transport"`: packets leave as they are.
+    TransportMode,
+    /// `policy_based = true`.
+    Configured,
+    /// The kernel has no xfrm interfaces.
+    NoXfrmInterfaces,
+}
+
+impl PoliciesReason {
+    /// Its name in JSON, in `status` and in the docs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TransportMode => "transport-mode",
+            Self::Configured => "configured",
+            Self::NoXfrmInterfaces => "no-xfrm-interfaces",
+        }
+    }
 }
 
 /// Why the kernel's ESP carries an SA.
@@ -155,6 +180,11 @@ pub enum Rejected {
     /// Key sizes do not fit the suite.
     #[error("the keys do not fit the algorithms")]
     BadKeys,
+    /// With one of the two engines the tunnel has no device that routes could go over from or to.
+    #[error(
+        "the kernel has no xfrm interfaces, so it carries the tunnel by policies alone, to which no route can go over"
+    )]
+    Immovable,
     /// The kernel refused a step.
     #[error("{step}: {reason}")]
     Kernel {

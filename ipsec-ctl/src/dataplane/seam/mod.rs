@@ -16,6 +16,8 @@ pub use command::{
 };
 pub use config::EngineConfig;
 pub use event::{Event, Flow, LifetimeKind};
-pub use ledger::{KernelReason, Ledger, Nic, NicReason, Offload, OffloadReason, Rejected};
+pub use ledger::{
+    KernelReason, Ledger, Nic, NicReason, Offload, OffloadReason, PoliciesReason, Rejected,
+};
 pub use request::{Reply, Request, SaFacts, Survey, TunnelFacts};
 pub use stats::{InterfaceStatus, PathCounters, SaStats, XdpMode};

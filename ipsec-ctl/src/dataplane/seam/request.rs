@@ -4,7 +4,8 @@ use ipsec_common::{Reason, Spi};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ChildId, Command, Direction, InterfaceStatus, Ledger, Rejected, SaId, SaStats, TunnelId,
+    ChildId, Command, Direction, InterfaceStatus, Ledger, PoliciesReason, Rejected, SaId, SaStats,
+    TunnelId,
 };
 
 /// A request. Each has exactly one [`Reply`].
@@ -51,10 +52,10 @@ pub struct Survey {
 pub struct TunnelFacts {
     /// The tunnel.
     pub id: TunnelId,
-    /// Name of its device.
-    pub device: String,
-    /// MTU of its device in bytes.
-    pub mtu: u16,
+    /// MTU of its device in bytes; none without a device.
+    pub mtu: Option<u16>,
+    /// Why it has no device, if it has none.
+    pub policies: Option<PoliciesReason>,
 }
 
 /// An SA that a data plane has.

@@ -306,8 +306,8 @@ impl Engine {
             let in_use = configured.filter(|one| one.place == Place::InUse);
             let facts = in_use.map(|one| TunnelFacts {
                 id: one.spec.id,
-                device: one.spec.device.clone(),
-                mtu: one.tunnel.mtu(),
+                mtu: Some(one.tunnel.mtu()),
+                policies: None,
             });
             facts.collect()
         };

@@ -70,7 +70,7 @@ pub fn decide(facts: &Facts<'_>) -> Offload {
 pub fn is_offloaded(offload: Offload) -> bool {
     match offload {
         Offload::Full | Offload::Partial(_) => true,
-        Offload::Declined(_) | Offload::Kernel(_) => false,
+        Offload::Declined(_) | Offload::Kernel(_) | Offload::Policies(_) => false,
     }
 }
 

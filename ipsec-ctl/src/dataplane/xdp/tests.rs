@@ -80,6 +80,7 @@ fn tunnel_spec(local: u8, remote: u8) -> TunnelSpec {
         fast_path: FastPath::Auto,
         offload: NicOffload::Off,
         mode: Mode::Tunnel,
+        policy_based: false,
         df: Df::Copy,
         clamp_mss: true,
         copy_dscp: true,

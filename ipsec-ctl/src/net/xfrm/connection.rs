@@ -122,6 +122,16 @@ impl Xfrm {
         self.change(XfrmMessage::UpdatePolicy(policy.message()), 0, &step)
     }
 
+    /// Adds a policy.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`]: `EEXIST` if there is one with its selector, direction and interface, whoever has set it.
+    pub fn add_policy(&self, policy: &Policy) -> Result<(), NetlinkError> {
+        let step = || format!("add the IPsec policy {policy}");
+        self.change(XfrmMessage::AddPolicy(policy.message()), 0, &step)
+    }
+
     /// Removes a policy; it may be gone already.
     ///
     /// # Errors

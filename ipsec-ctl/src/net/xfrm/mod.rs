@@ -14,7 +14,7 @@ mod tests;
 
 pub use connection::Xfrm;
 pub use interface::XfrmInterface;
-pub use policy::{Action, Policy, PolicyDirection, PortMask, Selector, Template};
+pub use policy::{Action, Policy, PolicyDirection, PortMask, Selector, Template, socket_pass};
 pub use state::{Algorithms, Encap, Limits, Mode, OnCard, Replay, State, StateId, StateStatus};
 pub use watch::{Notice, Watch};
 

@@ -5,7 +5,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use netlink_packet_core::Emitable;
 use netlink_packet_xfrm::{
     Address, IPPROTO_ESP, Selector as WireSelector, UserPolicyId, UserPolicyInfo, UserTemplate,
     XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK, XFRM_POLICY_FWD, XFRM_POLICY_IN, XFRM_POLICY_OUT,
@@ -163,6 +164,22 @@ impl Template {
 }
 
 impl Selector {
+    /// All packets of a family.
+    pub fn everything(v6: bool) -> Self {
+        let net = if v6 {
+            Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into()
+        } else {
+            Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into()
+        };
+        Self {
+            source: net,
+            destination: net,
+            protocol: 0,
+            source_port: PortMask::default(),
+            destination_port: PortMask::default(),
+        }
+    }
+
     pub(super) fn message(&self) -> WireSelector {
         let mut selector = WireSelector {
             sport: self.source_port.port,
@@ -197,6 +214,23 @@ impl Selector {
             },
         })
     }
+}
+
+/// What a socket is told (`IP_XFRM_POLICY`, `IPV6_XFRM_POLICY`) so that no policy of the whole host is asked about its packets
+/// of a direction.
+pub fn socket_pass(v6: bool, direction: PolicyDirection) -> Vec<u8> {
+    let policy = Policy {
+        direction,
+        selector: Selector::everything(v6),
+        priority: 0,
+        if_id: 0,
+        action: Action::Pass,
+        card: None,
+    };
+    let info = policy.message().user_policy_info;
+    let mut bytes = vec![0; info.buffer_len()];
+    info.emit(&mut bytes);
+    bytes
 }
 
 impl Policy {

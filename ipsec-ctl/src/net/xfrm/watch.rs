@@ -41,6 +41,8 @@ pub enum Notice {
     },
     /// States or policies were removed, by us or by others: what is left is to be asked for.
     Removed,
+    /// All policies were removed, by others.
+    PoliciesFlushed,
     /// Notifications were lost: everything is to be asked for.
     Overrun,
 }
@@ -131,10 +133,10 @@ fn notice(mut message: XfrmMessage) -> Option<Notice> {
                 source: SocketAddr::new(source, map.new_sport),
             })
         }
-        XfrmMessage::DeleteSa(_)
-        | XfrmMessage::FlushSa(_)
-        | XfrmMessage::DeletePolicy(_)
-        | XfrmMessage::FlushPolicy(_) => Some(Notice::Removed),
+        XfrmMessage::DeleteSa(_) | XfrmMessage::FlushSa(_) | XfrmMessage::DeletePolicy(_) => {
+            Some(Notice::Removed)
+        }
+        XfrmMessage::FlushPolicy(_) => Some(Notice::PoliciesFlushed),
         _ => None,
     };
     super::state::wipe(&mut message);

@@ -4,10 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{Everything, Inner, NO_IF_ID, is_our_state, is_ours, used};
 use crate::{
-    dataplane::{
-        kernel::transport,
-        seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
-    },
+    dataplane::seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
     net::{
         netfilter,
         xfrm::{Policy, StateId},
@@ -81,17 +78,25 @@ impl Inner {
         }
     }
 
-    fn restore_policies(&self, all: &mut Everything) {
+    pub(super) fn restore_policies(&self, all: &mut Everything) {
         let policies = match self.xfrm.policies() {
             Ok(policies) => policies,
             Err(error) => return tracing::warn!(%error, "IPsec policies cannot be listed"),
         };
+        if !all.shared.note(&policies) {
+            tracing::warn!("somebody has changed IPsec policies of ours: they are put back");
+            if let Err(error) = all.shared.restore(&self.xfrm) {
+                tracing::warn!(%error, "policies cannot be put back");
+            }
+        }
         let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
         for id in ids {
-            let Some(tunnel) = all.tunnels.get_mut(&id) else {
+            let tunnel = all.tunnels.get_mut(&id);
+            let Some(tunnel) = tunnel.filter(|tunnel| tunnel.has_device()) else {
                 continue;
             };
-            let there = tunnel.own(&policies);
+            let own = policies.iter().filter(|one| one.if_id == tunnel.if_id);
+            let there: BTreeSet<Policy> = own.copied().collect();
             if there == tunnel.policies {
                 continue;
             }
@@ -149,14 +154,10 @@ impl Inner {
     }
 
     /// Takes away what has a number of ours and belongs to no tunnel.
-    async fn remove_leftovers(&self, all: &Everything) {
+    async fn remove_leftovers(&self, all: &mut Everything) {
         let used = used(all);
         let stray = |if_id: u32| is_ours(if_id) && !used.contains(&if_id);
         let states: HashSet<StateId> = all.sas.values().map(|sa| sa.state).collect();
-        let wanted = |policy: &Policy| {
-            let mut tunnels = all.tunnels.values();
-            tunnels.any(|tunnel| tunnel.policies.contains(policy))
-        };
         for interface in self.netlink.xfrm_interfaces().await.unwrap_or_default() {
             if stray(interface.if_id)
                 && let Err(error) = self.netlink.remove_link(interface.index).await
@@ -164,15 +165,19 @@ impl Inner {
                 tracing::warn!(%error, "a leftover stays");
             }
         }
+        // Policies first: a packet that meets one without its state makes the kernel ask for one.
+        for policy in self.xfrm.policies().unwrap_or_default() {
+            if stray(policy.if_id) {
+                let _ = self.xfrm.remove_policy(&policy);
+            }
+        }
+        if let Err(error) = all.shared.remove_leftovers(&self.xfrm) {
+            tracing::warn!(%error, "a leftover stays");
+        }
         for state in self.xfrm.states().unwrap_or_default() {
             let lost = state.if_id == NO_IF_ID && !states.contains(&state.id);
             if stray(state.if_id) || (lost && is_our_state(&state)) {
                 let _ = self.xfrm.remove_state(&state.id);
-            }
-        }
-        for policy in self.xfrm.policies().unwrap_or_default() {
-            if stray(policy.if_id) || (transport::is_ours(&policy) && !wanted(&policy)) {
-                let _ = self.xfrm.remove_policy(&policy);
             }
         }
     }

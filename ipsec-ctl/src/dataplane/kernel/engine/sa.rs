@@ -15,8 +15,8 @@ use crate::{
             policies::Receiving,
         },
         seam::{
-            ChildId, Direction, Event, Ledger, LifetimeKind, Mode, Offload, Outer, Rejected, SaId,
-            SaSpec, SelectorPair, TunnelId,
+            ChildId, Direction, Event, Ledger, LifetimeKind, Mode, Outer, Rejected, SaId, SaSpec,
+            SelectorPair, TunnelId,
         },
         xdp::slow::monotonic_seconds,
     },
@@ -100,7 +100,7 @@ impl Inner {
             state: state.id(),
             ledger: Ledger {
                 sa: spec.id,
-                offload: Offload::Kernel(tunnel.reason),
+                offload: tunnel.offload(),
                 nic: None,
             },
             card: None,
@@ -342,7 +342,7 @@ fn state(
     })
 }
 
-fn mode(mode: Mode) -> xfrm::Mode {
+pub(super) fn mode(mode: Mode) -> xfrm::Mode {
     match mode {
         Mode::Tunnel => xfrm::Mode::Tunnel,
         Mode::Transport => xfrm::Mode::Transport,

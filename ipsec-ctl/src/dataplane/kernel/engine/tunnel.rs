@@ -1,16 +1,24 @@
-//! A tunnel of the engine: its xfrm interface and its policies.
+//! A tunnel of the engine: its xfrm interface, if it has one, and its policies.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours, sa::received, used};
+use super::{
+    Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours,
+    sa::{mode, received},
+    used,
+};
 use crate::{
     dataplane::{
         kernel::{
+            host::{self, Protected},
             policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
-            transport,
+            selectors::Inexpressible,
         },
-        routing::Place,
-        seam::{ChildId, Df, Event, KernelReason, Mode, Rejected, SaId, TunnelId, TunnelSpec},
+        routing::{Place, RoutesMode},
+        seam::{
+            ChildId, Df, Event, KernelReason, Offload, PoliciesReason, Rejected, SaId, TunnelId,
+            TunnelSpec,
+        },
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
     net::{sysctl, xfrm::Policy},
@@ -22,6 +30,8 @@ pub(super) struct Tunnel {
     pub(super) spec: TunnelSpec,
     /// Why it is here.
     pub(super) reason: KernelReason,
+    /// Why it has no device, if it has none: policies of the whole host alone lead packets into it then.
+    pub(super) alone: Option<PoliciesReason>,
     /// Whether its routes lead into its device.
     pub(super) place: Place,
     /// Number of its interface, states and policies.
@@ -32,7 +42,7 @@ pub(super) struct Tunnel {
     reqids: BTreeMap<ChildId, u32>,
     /// The SAs that send, oldest first.
     outbound: BTreeMap<ChildId, Vec<SaId>>,
-    /// What the kernel has.
+    /// What the kernel has for its interface.
     pub(super) policies: BTreeSet<Policy>,
 }
 
@@ -65,19 +75,14 @@ impl Tunnel {
         children.any(|one| one.id == child && one.on_demand) && !self.outbound.contains_key(&child)
     }
 
-    /// Whether it has one: in transport mode packets leave as they are, by the interface that carries the peer.
     pub(super) fn has_device(&self) -> bool {
-        self.spec.mode == Mode::Tunnel
+        self.alone.is_none()
     }
 
-    /// Which of the kernel's policies are this tunnel's.
-    pub(super) fn own(&self, policies: &[Policy]) -> BTreeSet<Policy> {
-        let mine: BTreeSet<_> = self.policies.iter().map(Policy::key).collect();
-        let own = policies.iter().filter(|policy| match self.spec.mode {
-            Mode::Tunnel => policy.if_id == self.if_id,
-            Mode::Transport => transport::is_ours(policy) && mine.contains(&policy.key()),
-        });
-        own.copied().collect()
+    /// What the ledger says of its SAs.
+    pub(super) fn offload(&self) -> Offload {
+        self.alone
+            .map_or(Offload::Kernel(self.reason), Offload::Policies)
     }
 
     pub(super) fn clears_df(&self) -> bool {
@@ -100,11 +105,20 @@ impl Inner {
             ));
         }
         let id = spec.id;
-        if all
-            .tunnels
-            .get(&id)
-            .is_some_and(|old| old.spec.mode != spec.mode)
-        {
+        let alone = self
+            .capabilities
+            .policies_alone(spec.mode, spec.policy_based);
+        if let Some(reason) = alone {
+            can_do_without_device(&spec, reason)?;
+            let policies = blocked(&spec).map_err(inexpressible(&spec))?;
+            if all.shared.is_taken(id, &policies) {
+                return Err(Rejected::by_kernel(
+                    &format!("set up {} by policies alone", spec.name),
+                    &"another tunnel without a device has the same selectors",
+                ));
+            }
+        }
+        if all.tunnels.get(&id).is_some_and(|old| old.alone != alone) {
             self.remove_tunnel(all, id).await?;
         }
         let old = all.tunnels.remove(&id);
@@ -114,18 +128,17 @@ impl Inner {
         {
             self.netlink.remove_link(old.ifindex).await?;
         }
-        let (if_id, policies) = match (&old, spec.mode) {
-            (Some(old), Mode::Transport) => (old.if_id, old.policies.clone()),
-            (None, Mode::Transport) => (NO_IF_ID, self.left_in_transport_mode(&spec)?),
-            (Some(old), Mode::Tunnel) if old.spec.device == spec.device => {
+        let (if_id, policies) = match (&old, alone) {
+            (_, Some(_)) => (NO_IF_ID, BTreeSet::new()),
+            (Some(old), None) if old.spec.device == spec.device => {
                 (old.if_id, old.policies.clone())
             }
-            (Some(_) | None, Mode::Tunnel) => self.create(all, &spec.device).await?,
+            (Some(_) | None, None) => self.create(all, &spec.device).await?,
         };
         let is_new = old.as_ref().is_none_or(|old| old.if_id != if_id);
-        let ifindex = match spec.mode {
-            Mode::Transport => 0,
-            Mode::Tunnel => {
+        let ifindex = match alone {
+            Some(_) => 0,
+            None => {
                 let link = self.netlink.link(&spec.device).await?;
                 let gone = || Rejected::by_kernel("look the xfrm interface up", &"it is gone");
                 link.ok_or_else(gone)?.index
@@ -141,6 +154,7 @@ impl Inner {
         let outbound = old.map(|old| old.outbound).unwrap_or_default();
         let tunnel = Tunnel {
             reason,
+            alone,
             place,
             if_id,
             ifindex,
@@ -152,7 +166,10 @@ impl Inner {
         };
         all.tunnels.insert(id, tunnel);
         self.apply(all, id)?;
-        if is_new {
+        if let Some(reason) = alone.filter(|_| is_new) {
+            // What a former life has left of the whole host's goes when all tunnels are known: nothing tells whose it was.
+            self.lodge.send(Event::PoliciesAlone { tunnel: id, reason });
+        } else if is_new {
             // Those of a former life: nobody knows any more which SAs they were. After the policies that named them, for a
             // packet that meets a policy without its state makes the kernel ask for one.
             self.remove_strange_states(all, if_id);
@@ -160,18 +177,6 @@ impl Inner {
         self.bring_up(all, id).await?;
         self.fit_mtu(all, id).await;
         Ok(())
-    }
-
-    /// What a former life, or `guard`, has left of a tunnel's policies.
-    fn left_in_transport_mode(&self, spec: &TunnelSpec) -> Result<BTreeSet<Policy>, Rejected> {
-        let selectors: Vec<_> = spec.children.iter().map(|child| &child.selectors).collect();
-        let wanted = transport::plan(&selectors, &[], self.lodge.ports())
-            .map_err(|error| Rejected::by_kernel("describe the selectors", &error))?;
-        let wanted: BTreeSet<_> = wanted.iter().map(Policy::key).collect();
-        let left = self.xfrm.policies()?.into_iter();
-        Ok(left
-            .filter(|policy| transport::is_ours(policy) && wanted.contains(&policy.key()))
-            .collect())
     }
 
     /// Creates the device, or takes over the one that a former life has left; returns its number and its policies.
@@ -227,6 +232,9 @@ impl Inner {
             return Err(Rejected::UnknownTunnel);
         };
         if !tunnel.has_device() {
+            for peer in &tunnel.spec.routing.peers {
+                self.lodge.know_peer(*peer);
+            }
             return Ok(());
         }
         let (spec, index) = (&tunnel.spec, tunnel.ifindex);
@@ -284,6 +292,7 @@ impl Inner {
             }
             self.netlink.remove_link(tunnel.ifindex).await
         } else {
+            all.shared.want(id, &BTreeSet::new(), &self.xfrm)?;
             Ok(())
         };
         for policy in &tunnel.policies {
@@ -328,20 +337,15 @@ impl Inner {
                 }
             })
             .collect();
-        let planned = match tunnel.spec.mode {
-            Mode::Tunnel => plan(tunnel.if_id, &children),
-            Mode::Transport => {
-                let configured = tunnel.spec.children.iter().map(|child| &child.selectors);
-                let configured: Vec<_> = configured.collect();
-                transport::plan(&configured, &children, self.lodge.ports())
-            }
+        let planned = if tunnel.has_device() {
+            plan(tunnel.if_id, &children)
+        } else {
+            host::plan(&protected(&tunnel.spec), &children)
         };
-        let wanted = planned.map_err(|error| {
-            Rejected::by_kernel(
-                &format!("describe the selectors of {}", tunnel.spec.name),
-                &error,
-            )
-        })?;
+        let wanted = planned.map_err(inexpressible(&tunnel.spec))?;
+        if !tunnel.has_device() {
+            return all.shared.want(id, &wanted, &self.xfrm);
+        }
         let Some(tunnel) = all.tunnels.get_mut(&id) else {
             return Ok(());
         };
@@ -391,4 +395,45 @@ impl Inner {
             self.dirty.notify_one();
         }
     }
+}
+
+fn inexpressible(spec: &TunnelSpec) -> impl Fn(Inexpressible) -> Rejected {
+    let step = format!("describe the selectors of {}", spec.name);
+    move |error| Rejected::by_kernel(&step, &error)
+}
+
+/// What policies of the whole host protect for a tunnel.
+fn protected(spec: &TunnelSpec) -> Protected<'_> {
+    Protected {
+        mode: mode(spec.mode),
+        selectors: spec.children.iter().map(|child| &child.selectors).collect(),
+        clear: host::clear(&spec.routing),
+    }
+}
+
+/// The policies of a tunnel without a device while it has no SAs.
+pub(super) fn blocked(spec: &TunnelSpec) -> Result<BTreeSet<Policy>, Inexpressible> {
+    host::plan(&protected(spec), &[])
+}
+
+/// The configuration is checked for what it says; that the kernel lacks xfrm interfaces it cannot know.
+fn can_do_without_device(spec: &TunnelSpec, reason: PoliciesReason) -> Result<(), Rejected> {
+    let refused = |why: &str| {
+        let step = format!("set up {} by policies alone ({})", spec.name, reason.name());
+        Err(Rejected::by_kernel(&step, &why))
+    };
+    if !spec.routing.addresses.is_empty() {
+        return refused("`address` needs a device");
+    }
+    if reason != PoliciesReason::TransportMode && spec.routing.mode != RoutesMode::Selectors {
+        return refused("its routes need a device");
+    }
+    for child in &spec.children {
+        if host::is_ambiguous(&child.selectors).map_err(inexpressible(spec))? {
+            return refused(
+                "a child has the same selectors on both sides, so nothing tells the sides apart without a device",
+            );
+        }
+    }
+    Ok(())
 }

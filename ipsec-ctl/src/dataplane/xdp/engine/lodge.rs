@@ -1,6 +1,6 @@
 //! What this engine does for the tunnels of another one: it has the sockets, the routes and the XDP program.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{io, net::IpAddr, sync::Arc};
 
 use ipsec_common::Spi;
 
@@ -37,9 +37,13 @@ impl Lodge {
         self.0.config.mark
     }
 
-    /// UDP ports of IKE, and of IKE and ESP behind NAT.
-    pub fn ports(&self) -> [u16; 2] {
-        [self.0.config.ike_port, self.0.config.nat_port]
+    /// Lets IKE and ESP of all sockets pass whatever the IPsec policies of the whole host say.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refused.
+    pub fn pass_policies(&self) -> io::Result<()> {
+        self.0.slow.sockets.pass_policies()
     }
 
     /// Routes into a tunnel's device, with the backstops behind them, from now on.

@@ -102,6 +102,21 @@ impl Sockets {
             .try_for_each(|inlet| inlet.listener.ignore(inlet.v6, spis))
     }
 
+    /// Lets IKE and ESP pass whatever the IPsec policies of the whole host say: those protect what travels in tunnels.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refused.
+    pub fn pass_policies(&self) -> io::Result<()> {
+        for inlet in &self.inlets {
+            inlet.listener.pass_policies(inlet.v6)?;
+        }
+        self.sender_v4.pass_policies(false)?;
+        self.sender_v6
+            .as_ref()
+            .map_or(Ok(()), |sender| sender.pass_policies(true))
+    }
+
     /// Sends an IKE message, behind the marker unless it leaves from the plain IKE port.
     ///
     /// # Errors
