@@ -56,7 +56,7 @@ pub enum Refusal {
     WrongSide,
     /// It should be encrypted.
     NotEncrypted,
-    /// There are no keys yet.
+    /// There are no keys yet, or its sender has yet to prove who it is.
     TooEarly,
     /// It is forged or damaged.
     NotAuthentic,

@@ -298,6 +298,10 @@ impl IkeSa {
         if is_late {
             return self.respond_again(shared, now, from);
         }
+        // It has overtaken the response to IKE_AUTH, which proves who the peer is; its repetition will be answered.
+        if !header.flags.response && self.state == State::AuthSent {
+            return shared.refuse(Refusal::TooEarly);
+        }
         let (first, chain) = match part {
             None => (encrypted.first, chain),
             Some(part) => match self.fragments.take(header, part, encrypted.first, chain) {
