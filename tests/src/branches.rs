@@ -26,7 +26,7 @@ const SECOND: (&str, Ipv4Addr, Ipv4Addr) = (
     Ipv4Addr::new(10, 3, 0, 1),
 );
 /// What the other branch has behind it, and its address there.
-const OTHER: (&str, Ipv4Addr) = ("10.4.0.0/24", Ipv4Addr::new(10, 4, 0, 1));
+pub const OTHER: (&str, Ipv4Addr) = ("10.4.0.0/24", Ipv4Addr::new(10, 4, 0, 1));
 
 /// Gateway B's tunnel for all branches, with one child for all their networks.
 fn for_all(line: &str) -> Tunnel {
@@ -40,12 +40,16 @@ fn for_all(line: &str) -> Tunnel {
     tunnel
 }
 
-/// The other branch, which calls from the attacker's place.
-fn other_branch(topology: &Topology) -> anyhow::Result<Gateway<'_>> {
+/// The other branch, which calls from the attacker's place, with one more line.
+///
+/// # Errors
+///
+/// It does not start.
+pub fn other_branch<'a>(topology: &'a Topology, line: &str) -> anyhow::Result<Gateway<'a>> {
     let netns = &topology.attacker;
     netns.sysctl("net.ipv4.ip_forward", "1")?;
     netns.ip(&format!("addr add {}/32 dev lo", OTHER.1))?;
-    let mut tunnel = Tunnel::between_sites(Side::A, Family::V4);
+    let mut tunnel = Tunnel::between_sites(Side::A, Family::V4).with(line);
     tunnel.local_id = "c.example".to_owned();
     for child in &mut tunnel.children {
         child.local = vec![OTHER.0.to_owned()];
@@ -83,7 +87,7 @@ pub fn each_of_two_initiators_gets_its_own(line: &str) -> anyhow::Result<()> {
         &[Tunnel::between_sites(Side::A, Family::V4)],
     )?;
     a.wait_up("site", PATIENCE).with_context(|| b.log(40))?;
-    let c = other_branch(&topology)?;
+    let c = other_branch(&topology, "")?;
     c.wait_up("site", PATIENCE).with_context(|| b.log(40))?;
     let all_talk = |when: &str| {
         hosts_talk(&topology, Family::V4)

@@ -34,6 +34,8 @@ use crate::{
     topology::{Family, Side},
 };
 
+/// Longest that a daemon may take to set its tunnels up: a thousand take long on a slow machine.
+const START: Duration = Duration::from_secs(120);
 /// The key of all tests.
 pub const PSK: &str = "a key for tests only";
 
@@ -298,7 +300,7 @@ impl<'a> Gateway<'a> {
             .spawn()
             .context("ipsec-ctl cannot be started")?;
         self.child = Some(child);
-        wait_for("ipsec-ctl run to answer", Duration::from_secs(15), || {
+        wait_for("ipsec-ctl run to answer", START, || {
             if let Some(status) = self
                 .child
                 .as_mut()

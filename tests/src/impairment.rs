@@ -1,12 +1,13 @@
 //! A bad network between the gateways: packets from and to site A pass a process in the router that loses, reorders,
 //! and translates addresses, all as a seed decides.
 //!
-//! Site A appears under [`NAT_ADDRESS`]. Rebinding gives it other ports, as a NAT does that has restarted. The kernels
-//! that tests run on may lack netem, so this is done between reads and writes of a TUN device.
+//! Site A appears under [`NAT_ADDRESS`], and under the same one, if wanted, who is in the attacker's place. Rebinding gives
+//! either other ports, as a NAT does that has restarted. The kernels that tests run on may lack netem, so this is done between
+//! reads and writes of a TUN device.
 
 use std::{
     collections::VecDeque,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::AsFd,
     sync::{
         Arc,
@@ -22,20 +23,48 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{
     ping::checksum,
-    topology::{Family, Side, Topology},
+    topology::{Family, Side, Topology, attacker},
 };
 
-/// Where gateway B sees gateway A.
+/// Where gateway B sees those who are behind the NAT.
 pub const NAT_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 200);
 
 /// The TUN device in the router.
 const DEVICE: &str = "bad";
-/// First port of the first binding; each rebinding takes the next ones.
-const FIRST_PORT: u16 = 20_000;
+/// First port of the first binding of each; each rebinding takes the next ones.
+const FIRST_PORTS: [u16; 2] = [20_000, 40_000];
 /// Ports of a binding: one for each of IKE's.
 const PORTS: [u16; 2] = [500, 4500];
 /// Longest that a packet is held back.
 const HOLD: Duration = Duration::from_millis(3);
+
+/// Who is behind the NAT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// Gateway A.
+    GatewayA,
+    /// Who is in the attacker's place.
+    Attacker,
+}
+
+impl Behind {
+    const ALL: [Self; 2] = [Self::GatewayA, Self::Attacker];
+
+    fn address(self) -> IpAddr {
+        match self {
+            Self::GatewayA => Side::A.outside(Family::V4),
+            Self::Attacker => attacker(Family::V4),
+        }
+    }
+
+    /// The router's interface towards it.
+    fn port(self) -> &'static str {
+        match self {
+            Self::GatewayA => "to-a",
+            Self::Attacker => "to-x",
+        }
+    }
+}
 
 /// Shares of packets in thousandths.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +75,7 @@ pub struct Rates {
     pub reordered: u64,
 }
 
-/// What the network did, by direction: from site A, to site A.
+/// What the network did, by direction: from behind the NAT, to there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Losses {
     /// ESP packets lost on purpose.
@@ -80,7 +109,7 @@ impl Dice {
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
-    binding: AtomicU16,
+    bindings: [AtomicU16; 2],
     lost: [AtomicU64; 2],
     unbound: AtomicU64,
     reordered: AtomicU64,
@@ -100,10 +129,29 @@ impl Impairment {
     ///
     /// No TUN device, or no routes into it.
     pub fn start(topology: &Topology, seed: u64, rates: Rates) -> anyhow::Result<Self> {
+        Self::of(&[Behind::GatewayA], topology, seed, rates)
+    }
+
+    /// A NAT before gateway A and before who is in the attacker's place, which does no harm beyond that.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::start`].
+    pub fn nat_before_both(topology: &Topology) -> anyhow::Result<Self> {
+        let rates = Rates {
+            lost: 0,
+            reordered: 0,
+        };
+        Self::of(&Behind::ALL, topology, 1, rates)
+    }
+
+    fn of(inside: &[Behind], topology: &Topology, seed: u64, rates: Rates) -> anyhow::Result<Self> {
         let router = &topology.router;
         let tun = router.run(|| Tun::open(DEVICE).context("a TUN device"))?;
         router.ip(&format!("link set {DEVICE} up txqueuelen 10000"))?;
-        router.ip("rule add iif to-a lookup 100")?;
+        for one in inside {
+            router.ip(&format!("rule add iif {} lookup 100", one.port()))?;
+        }
         router.ip(&format!("route add default dev {DEVICE} table 100"))?;
         router.ip(&format!("route add {NAT_ADDRESS}/32 dev {DEVICE}"))?;
         let shared = Arc::new(Shared::default());
@@ -123,9 +171,9 @@ impl Impairment {
         })
     }
 
-    /// The NAT forgets site A and gives it other ports.
-    pub fn rebind(&self) {
-        self.shared.binding.fetch_add(1, Relaxed);
+    /// The NAT forgets who is behind it and gives it other ports.
+    pub fn rebind(&self, who: Behind) {
+        self.shared.bindings[who as usize].fetch_add(1, Relaxed);
     }
 
     /// What it did so far.
@@ -195,10 +243,11 @@ impl Path {
     }
 
     fn pass(&mut self, packet: &mut [u8]) {
-        let way = usize::from(!is_from(packet, Side::A));
+        let way = usize::from(source(packet).is_none());
         let sealed = is_sealed(packet);
         let count = |counter: &AtomicU64| counter.fetch_add(u64::from(sealed), Relaxed);
-        if !translate(packet, self.shared.binding.load(Relaxed)) {
+        let bindings = [0, 1].map(|who| self.shared.bindings[who].load(Relaxed));
+        if !translate(packet, bindings) {
             count(&self.shared.unbound);
             return;
         }
@@ -215,11 +264,11 @@ impl Path {
     }
 }
 
-fn is_from(packet: &[u8], side: Side) -> bool {
-    let source = packet
-        .get(12..16)
-        .and_then(|bytes| bytes.first_chunk::<4>());
-    source.is_some_and(|source| Ipv4Addr::from(*source) == side.outside(Family::V4))
+/// Who of those behind the NAT has sent a packet.
+fn source(packet: &[u8]) -> Option<Behind> {
+    let source = packet.get(12..16)?.first_chunk::<4>()?;
+    let source = IpAddr::V4(Ipv4Addr::from(*source));
+    Behind::ALL.into_iter().find(|who| who.address() == source)
 }
 
 /// ESP in UDP that carries more than a keep-alive.
@@ -228,28 +277,30 @@ fn is_sealed(packet: &[u8]) -> bool {
 }
 
 /// Translates an IPv4 packet with UDP in it; false where there is no binding for it.
-fn translate(packet: &mut [u8], binding: u16) -> bool {
+fn translate(packet: &mut [u8], bindings: [u16; 2]) -> bool {
     if packet.len() < 28 || packet[0] != 0x45 || packet[9] != 17 {
         return false;
     }
-    let first = FIRST_PORT + binding * 2;
+    // Everybody's own ports, and those that the NAT shows in their place.
+    let ports = Behind::ALL.into_iter().flat_map(|who| {
+        let first = FIRST_PORTS[who as usize] + bindings[who as usize] * 2;
+        PORTS.into_iter().zip(first..).map(move |pair| (who, pair))
+    });
     let [mut from, mut to] = [20, 22].map(|at| u16::from_be_bytes([packet[at], packet[at + 1]]));
-    if is_from(packet, Side::A) {
-        let Some(port) = PORTS
-            .into_iter()
-            .zip(first..)
-            .find(|(port, _)| *port == from)
-        else {
+    if let Some(sender) = source(packet) {
+        let mut of_sender = ports.filter(|(who, _)| *who == sender);
+        let Some((_, (_, shown))) = of_sender.find(|(_, (own, _))| *own == from) else {
             return false;
         };
-        from = port.1;
+        from = shown;
         packet[12..16].copy_from_slice(&NAT_ADDRESS.octets());
     } else {
-        let Some(port) = PORTS.into_iter().zip(first..).find(|(_, port)| *port == to) else {
+        let mut ports = ports;
+        let Some((who, (own, _))) = ports.find(|(_, (_, shown))| *shown == to) else {
             return false;
         };
-        to = port.0;
-        if let std::net::IpAddr::V4(address) = Side::A.outside(Family::V4) {
+        to = own;
+        if let IpAddr::V4(address) = who.address() {
             packet[16..20].copy_from_slice(&address.octets());
         }
     }
@@ -279,15 +330,31 @@ mod tests {
     #[test]
     fn what_comes_back_through_the_binding_is_what_went_out() {
         let mut out = packet([198, 51, 100, 2], [203, 0, 113, 2], [4500, 4500]);
-        assert!(translate(&mut out, 3));
+        assert!(translate(&mut out, [3, 0]));
         assert_eq!(out[12..16], NAT_ADDRESS.octets());
         let port = u16::from_be_bytes([out[20], out[21]]);
         let mut back = packet([203, 0, 113, 2], NAT_ADDRESS.octets(), [4500, port]);
-        assert!(translate(&mut back, 3));
+        assert!(translate(&mut back, [3, 0]));
         assert_eq!(back[16..20], [198, 51, 100, 2]);
         assert_eq!(u16::from_be_bytes([back[22], back[23]]), 4500);
         let mut late = packet([203, 0, 113, 2], NAT_ADDRESS.octets(), [4500, port]);
-        assert!(!translate(&mut late, 4), "the binding is gone");
+        assert!(!translate(&mut late, [4, 0]), "the binding is gone");
+    }
+
+    #[test]
+    fn two_behind_the_nat_have_ports_of_their_own() {
+        let shown = |from: [u8; 4]| {
+            let mut out = packet(from, [203, 0, 113, 2], [4500, 4500]);
+            assert!(translate(&mut out, [1, 1]));
+            assert_eq!(out[12..16], NAT_ADDRESS.octets());
+            u16::from_be_bytes([out[20], out[21]])
+        };
+        let ports = [shown([198, 51, 100, 2]), shown([192, 0, 2, 66])];
+        for (port, inside) in ports.into_iter().zip([[198, 51, 100, 2], [192, 0, 2, 66]]) {
+            let mut back = packet([203, 0, 113, 2], NAT_ADDRESS.octets(), [4500, port]);
+            assert!(translate(&mut back, [1, 1]));
+            assert_eq!(back[16..20], inside);
+        }
     }
 
     #[test]

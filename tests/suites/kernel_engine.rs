@@ -1,15 +1,18 @@
 //! Tunnels that the kernel's ESP carries: on one side or on both, and what must hold whatever happens to its states.
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
-use ipsec_ctl::{
-    api::model::State,
-    dataplane::seam::{KernelReason, Offload},
-};
+use ipsec_ctl::api::model::State;
 use ipsec_tests::{
+    attack::{Attacker, captured, damaged},
     branches,
-    capture::Capture,
+    capture::{Capture, Kind},
+    carried::{KERNEL, XDP, is_by_the_kernel, states},
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
@@ -46,15 +49,14 @@ fn main() -> ExitCode {
         [XfrmInterfaces, StrongSwan] long strongswan_on_the_kernels_esp_is_understood_over_ipv6,
         [XfrmInterfaces] nothing_is_in_the_clear_through_kill_and_restart,
         [XfrmInterfaces] protection_outlives_the_daemon_until_release_and_strangers_are_left_alone,
-        [XfrmInterfaces] a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing,
-        [XfrmInterfaces] long a_tunnel_moves_there_and_back_with_what_others_have_given_its_device,
+        [XfrmInterfaces] what_the_kernel_drops_is_counted_under_our_names,
+        [XfrmInterfaces] daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost,
+        [XfrmInterfaces] packets_go_on_in_the_kernel_while_nothing_of_ours_runs,
     ])
 }
 
 const V4: Family = Family::V4;
 const V6: Family = Family::V6;
-const KERNEL: &str = "engine = \"kernel\"";
-const XDP: &str = "engine = \"xdp\"";
 
 fn each_of_several_initiators_and_pairs_under_one_child_gets_its_own_traffic() -> anyhow::Result<()>
 {
@@ -78,20 +80,6 @@ fn nothing_is_in_the_clear_through_kill_and_restart() -> anyhow::Result<()> {
     kernel_esp::nothing_is_in_the_clear_through_kill_and_restart(KERNEL)
 }
 
-fn is_carried_by_the_kernel(gateway: &Gateway<'_>) -> anyhow::Result<()> {
-    let tunnel = gateway.tunnel("site")?;
-    for direction in [tunnel.children[0].inbound, tunnel.children[0].outbound] {
-        let direction = direction.context("an SA is missing in status")?;
-        ensure!(
-            direction.offload == Offload::Kernel(KernelReason::Configured),
-            "{direction:?}"
-        );
-        ensure!(direction.slow.packets > 0, "{direction:?}");
-        ensure!(direction.sequence > 0, "{direction:?}");
-    }
-    Ok(())
-}
-
 fn the_kernel_carries_a_tunnel_between_two_gateways() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let capture = Capture::start(&topology.router)?;
@@ -108,8 +96,8 @@ fn the_kernel_carries_a_tunnel_between_two_gateways() -> anyhow::Result<()> {
         )?;
         ensure!(transfer.bytes > 1_000_000, "{transfer}");
     }
-    is_carried_by_the_kernel(&a)?;
-    is_carried_by_the_kernel(&b)?;
+    is_by_the_kernel(&a, "site")?;
+    is_by_the_kernel(&b, "site")?;
     capture.stop().is_sealed(carried, false)
 }
 
@@ -401,92 +389,133 @@ fn protection_outlives_the_daemon_until_release_and_strangers_are_left_alone() -
     Ok(())
 }
 
-/// Two children, so that none may go before the other; A is the one that moves.
-fn of_two_families(side: Side) -> Tunnel {
-    let mut tunnel = Tunnel::between_sites(side, V4);
-    let mut second = Tunnel::between_sites(side, V6).children;
-    for child in &mut second {
-        child.name = "net6".to_owned();
-    }
-    tunnel.children.extend(second);
-    tunnel
+/// Waits until a counter of gateway B has risen by so many at least.
+fn rises(gateway: &Gateway<'_>, name: &str, before: u64, by: u64) -> anyhow::Result<()> {
+    wait_for(name, PATIENCE, || {
+        let risen = gateway.counter(name)? - before;
+        ensure!(risen >= by, "{risen} of {by} were counted as {name}");
+        Ok(Some(()))
+    })
 }
 
-fn index_of(topology: &Topology, device: &str) -> anyhow::Result<u32> {
-    let link = topology.gateway_a.ip(&format!("-o link show {device}"))?;
-    let (index, _) = link.split_once(':').context("no index")?;
-    Ok(index.parse()?)
-}
-
-/// Has a tunnel moved by `how` while packets flow, and waits until nothing of it is with the engine that it was with.
-fn changes_engine(
-    topology: &Topology,
-    gateway: &Gateway<'_>,
-    how: impl FnOnce() -> anyhow::Result<String>,
-) -> anyhow::Result<()> {
-    let before = index_of(topology, "site")?;
-    let flows = Flows::start(topology)?;
-    how()?;
-    let moved = gateway.wait("site", "with the other engine", PATIENCE, |tunnel| {
-        let changed = tunnel.device_changed;
-        changed.is_some_and(|changed| changed.from == before)
-    })?;
-    wait_for("the old device to go", PATIENCE, || {
-        let links = topology.gateway_a.ip("-o link show")?;
-        Ok((!links.contains("ipsec")).then_some(()))
-    })?;
-    flows.are_perfect()?;
-    let changed = moved.device_changed.context("no other index")?;
-    ensure!(index_of(topology, "site")? == changed.to, "{changed:?}");
-    hosts_talk(topology, V6)
-}
-
-fn a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing() -> anyhow::Result<()> {
+fn what_the_kernel_drops_is_counted_under_our_names() -> anyhow::Result<()> {
+    const B: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 2));
     let topology = Topology::build(Options::default())?;
     let capture = Capture::start(&topology.router)?;
-    let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
-    let (gateway, _b) = start(&topology, a.clone(), b.respond())?;
-    let ike = gateway.spis("site")?.0;
-    changes_engine(&topology, &gateway, || {
-        gateway.configure("", &[a.with(KERNEL)])?;
-        gateway.reload()
-    })?;
-    is_carried_by_the_kernel(&gateway)?;
+    let (a, b) = ends(V4);
+    let (_a, b) = start(&topology, a, b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    let seen = capture.stop();
+    let packets = captured(&seen, Kind::Esp, B);
+    ensure!(packets.len() > 100, "{}", seen.summary());
+    let attacker = Attacker::new(&topology.attacker)?;
+    let count = |name: &str| b.counter(name);
+    for name in ["replayed", "bad-icv", "outbound-selectors"] {
+        ensure!(count(name)? == 0, "{name} has counted already");
+    }
+    let replayed = attacker.send_all(packets.iter().copied().take(100));
+    rises(&b, "replayed", 0, replayed)?;
+    let forged: Vec<Vec<u8>> = packets
+        .iter()
+        .take(100)
+        .map(|packet| {
+            let mut packet = damaged(packet);
+            // A number that the window has not seen.
+            packet[24..28].copy_from_slice(&0x00ff_0000_u32.to_be_bytes());
+            packet
+        })
+        .collect();
+    let forged = attacker.send_all(forged.iter().map(Vec::as_slice));
+    rises(&b, "bad-icv", 0, forged)?;
+    ensure!(replayed == 100 && forged == 100, "{replayed}, {forged}");
+    // Somebody routes into the tunnel what no child is for.
+    topology
+        .gateway_b
+        .ip("route add 10.99.0.0/24 dev site metric 7")?;
+    let ping = Ping::to(IpAddr::from([10, 99, 0, 1])).count(5);
+    ping.run(&topology.host_b)?.none_answered()?;
+    rises(&b, "outbound-selectors", 0, 5)?;
+    hosts_talk(&topology, V4)
+}
+
+fn daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let (mut a, mut b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    let before = [a.spis("site")?, b.spis("site")?];
+    let planes = [a.data_plane(), b.data_plane()];
+    let flows = Flows::start(&topology)?;
+    for gateway in [&mut a, &mut b] {
+        gateway.kill()?;
+    }
+    // Some packets come while nobody rekeys.
+    std::thread::sleep(Duration::from_secs(1));
+    for gateway in [&mut a, &mut b] {
+        gateway.run()?;
+        gateway.wait_up("site", PATIENCE)?;
+    }
+    flows.are_perfect()?;
     ensure!(
-        gateway.spis("site")?.0 == ike,
-        "the IKE SA is another one: {}",
-        gateway.log(40)
+        [a.spis("site")?, b.spis("site")?] == before,
+        "other SAs\n{}",
+        a.log(40)
     );
+    ensure!(
+        planes == [a.data_plane(), b.data_plane()] && planes.iter().all(Option::is_some),
+        "another data plane carries them"
+    );
+    is_by_the_kernel(&a, "site")?;
     capture.stop().is_clean()
 }
 
-fn a_tunnel_moves_there_and_back_with_what_others_have_given_its_device() -> anyhow::Result<()> {
+/// Packets a second of a flow.
+const RATE: u32 = 1000;
+
+fn packets_go_on_in_the_kernel_while_nothing_of_ours_runs() -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
-    let gate = &topology.gateway_a;
-    gate.exec("sysctl -qw net.ipv4.conf.all.rp_filter=1")?;
-    let (a, b) = (of_two_families(Side::A), of_two_families(Side::B));
-    let (gateway, _b) = start(&topology, a, b.respond())?;
-    gate.ip("address add 169.254.77.1/30 dev site")?;
-    gate.ip("route add 100.64.0.0/24 dev site metric 7")?;
-    gate.ip("route add 100.65.0.0/24 via 169.254.77.2 dev site table 77")?;
-    for engine in ["kernel", "xdp", "kernel"] {
-        changes_engine(&topology, &gateway, || gateway.move_to("site", engine)).context(engine)?;
-        let carried = is_carried_by_the_kernel(&gateway);
+    let capture = Capture::start(&topology.router)?;
+    let (a, b) = ends(V4);
+    let (mut a, b) = start(&topology, a.with(KERNEL), b.with(KERNEL))?;
+    hosts_talk(&topology, V4)?;
+    let before = a.spis("site")?;
+    a.kill()?;
+    a.kill_data_plane()?;
+    let flows = Flows::start(&topology)?;
+    std::thread::sleep(Duration::from_secs(2));
+    flows.are_perfect().context("with nothing of ours at A")?;
+    // What comes back knows the IKE SA and not how far the states have counted for it: they go, and new ones come.
+    let flow = |from: Side| {
+        let flow = Flow {
+            rate: Some(RATE),
+            time: Duration::from_secs(60),
+            ..Flow::to(from.other().host(V4))
+        };
+        flow.start(topology.host(from), topology.host(from.other()))
+    };
+    let flows = [flow(Side::A)?, flow(Side::B)?];
+    a.run()?;
+    a.wait_up("site", PATIENCE)?;
+    heals(&topology, "the tunnel to carry again")?;
+    for flow in flows {
+        let report = flow.cut()?;
         ensure!(
-            carried.is_ok() == (engine == "kernel"),
-            "{engine}: {carried:?}"
+            report.lost() < u64::from(RATE) && report.duplicated == 0,
+            "{report}\n{}",
+            a.log(40)
         );
-        let addresses = gate.ip("address show dev site")?;
-        ensure!(addresses.contains("169.254.77.1/30"), "{addresses}");
-        for route in [
-            "100.64.0.0/24 dev site",
-            "100.65.0.0/24 via 169.254.77.2 dev site",
-        ] {
-            let routes = gate.ip("route show table all")?;
-            ensure!(routes.contains(route), "{engine}: {routes}");
-        }
-        // It comes up there, too.
-        gateway.rekey("site")?;
     }
-    Ok(())
+    let after = a.spis("site")?;
+    ensure!(after.0 == before.0, "another IKE SA\n{}", a.log(40));
+    ensure!(after.1 != before.1, "an SA was taken over");
+    hosts_talk(&topology, V4)?;
+    for netns in [&topology.gateway_a, &topology.gateway_b] {
+        wait_for("states that nobody has to go", PATIENCE, || {
+            let states = states(netns)?;
+            ensure!(states == 2, "{states}\n{}", b.log(20));
+            Ok(Some(()))
+        })?;
+    }
+    capture.stop().is_clean()
 }

@@ -9,7 +9,7 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{ChildSettings, Gateway, Tunnel},
-    impairment::{Impairment, Rates},
+    impairment::{Behind, Impairment, Rates},
     pair::{PATIENCE, hosts_are_apart, hosts_talk},
     ping::Ping,
     strongswan::{ChildConnection, Connection, StrongSwan},
@@ -491,7 +491,7 @@ fn a_nat_that_rebinds_under_traffic_is_followed_in_both_roles() -> anyhow::Resul
         };
         let flow = flow.start(&topology.host_b, &topology.host_a)?;
         Ping::to(Side::B.host(V4)).run(&topology.host_a)?;
-        nat.rebind();
+        nat.rebind(Behind::GatewayA);
         let case = || {
             format!(
                 "we start: {we_initiate}, MOBIKE: {mobike}\n{}\n{}",

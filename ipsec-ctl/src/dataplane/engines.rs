@@ -77,17 +77,14 @@ impl Engines {
             // IKE waits for nothing.
             Command::SendIke(datagram) => self.xdp.command(Command::SendIke(datagram)).await,
             Command::Configured => {
-                let _moves = self.moves.lock().await;
+                let moves = &*self.moves.lock().await;
                 match self.kernel.get() {
-                    Some(kernel) => kernel.command(Command::Configured).await.map(drop)?,
-                    // No tunnel is the kernel's: what a former life has left of its policies must not be in the way.
-                    None => {
-                        if let Err(error) = kernel::engine::release(&self.netlink).await {
-                            tracing::warn!(%error, "a leftover of the kernel's IPsec stays");
-                        }
-                    }
+                    Some(kernel) => drop(kernel.command(Command::Configured).await?),
+                    None => self.remove_what_the_kernel_has().await,
                 }
-                self.xdp.command(Command::Configured).await
+                let configured = self.xdp.command(Command::Configured).await;
+                self.ask_again(moves).await;
+                configured
             }
             Command::SetTunnel(spec) => {
                 let moves = &mut *self.moves.lock().await;
@@ -300,6 +297,13 @@ impl Engines {
                 let set = Command::SetTunnel(Box::new(spec));
                 self.xdp.command(set).await.map(|_| ())
             }
+        }
+    }
+
+    /// No tunnel is the kernel's, but one of a former life may have been: what is left of its policies must not be in the way.
+    async fn remove_what_the_kernel_has(&self) {
+        if let Err(error) = kernel::engine::release(&self.netlink).await {
+            tracing::warn!(%error, "what a former life has left in the kernel stays");
         }
     }
 

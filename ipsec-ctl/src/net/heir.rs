@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use futures_util::TryStreamExt;
 use netlink_packet_route::{
     AddressFamily,
-    address::{AddressAttribute, AddressMessage},
+    address::{AddressAttribute, AddressMessage, AddressScope},
     link::LinkAttribute,
     route::{RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol},
 };
@@ -26,15 +26,26 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn add_stand_in(&self, index: u32) -> Result<(), NetlinkError> {
-        self.add_address(index, STAND_IN.into()).await
+        let mut request = self.handle.address().add(index, STAND_IN, 32).replace();
+        // No packet of this host's own is to have it for its source.
+        request.message_mut().header.scope = AddressScope::Host;
+        let added = request.execute().await;
+        added.map_err(|error| NetlinkError::new(format!("give link {index} an address"), &error))
     }
 
-    /// Takes the address of [`Self::add_stand_in`] away.
+    /// Takes the address of [`Self::add_stand_in`] away, unless it is the only one of IPv4: with the last one all routes into the
+    /// link would go (Linux, fib_inetaddr_event in net/ipv4/fib_frontend.c).
     ///
     /// # Errors
     ///
     /// The first step that failed; the others are done all the same.
     pub async fn remove_stand_in(&self, index: u32) -> Result<(), NetlinkError> {
+        let mut addresses = self.addresses_of(index).await?.into_iter();
+        let others = addresses
+            .any(|message| message.header.family == AddressFamily::Inet && !is_stand_in(&message));
+        if !others {
+            return Ok(());
+        }
         self.remove_addresses_that(index, is_stand_in).await
     }
 

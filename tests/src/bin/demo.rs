@@ -8,19 +8,17 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use ipsec_ctl::api::model::{State, Status};
+use ipsec_ctl::api::model::Status;
 use ipsec_tests::{
     capture::Capture,
-    gateway::{ChildSettings, Gateway, Tunnel, no_fast_path},
+    gateway::{Gateway, Tunnel, no_fast_path},
+    many::{self, Many},
     netns::Scope,
     ping::Ping,
     tcp,
     topology::{Family, Options, Side, Topology},
     udp::Flow,
 };
-
-/// Tunnels of the scenario `many`.
-const MANY: u32 = 1000;
 
 /// What the demo shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,54 +311,15 @@ fn many(engine: &str) -> anyhow::Result<bool> {
     let topology = Topology::build_as(scope, Options::default())?;
     let capture = Capture::start(&topology.router)?;
     say(&format!(
-        "{MANY} tunnels between two gateways, each with a device, an IKE SA and a child of its own."
+        "{} tunnels between two gateways, each with a device, an IKE SA and a child of its own.",
+        many::TUNNELS
     ));
-    let top =
-        format!("engine = \"{engine}\"\n[limits]\nhalf_open = 5000\nhalf_open_per_source = 5000\n");
-    let configs =
-        |side: Side| -> Vec<Tunnel> { (0..MANY).map(|number| one_of_many(side, number)).collect() };
+    let many = Many::start(&topology, engine, |up, after| {
+        say(&format!("  {up} up after {:.1} s", after.as_secs_f64()));
+    })?;
     let mut table = Table::default();
-    let gateway_b = Gateway::start_with(&topology.gateway_b, &top, &configs(Side::B))?;
-    let start = Instant::now();
-    let gateway_a = Gateway::start_with(&topology.gateway_a, &top, &configs(Side::A))?;
-    let up = |status: &Status| {
-        status
-            .tunnels
-            .iter()
-            .filter(|tunnel| tunnel.state == State::Up)
-            .count()
-    };
-    let mut last = 0;
-    let all = loop {
-        let status = gateway_a.status()?;
-        let now = up(&status);
-        if now != last {
-            say(&format!(
-                "  {now} up after {:.1} s",
-                start.elapsed().as_secs_f64()
-            ));
-            last = now;
-        }
-        if now == usize::try_from(MANY)? {
-            break status;
-        }
-        if start.elapsed() > Duration::from_secs(180) {
-            bail!(
-                "only {now} of {MANY} tunnels came up; log of gateway A:\n{}",
-                gateway_a.log(30)
-            );
-        }
-        std::thread::sleep(Duration::from_millis(500));
-    };
-    let seconds = start.elapsed().as_secs_f64();
-    table.check(
-        "set-up",
-        Ok(format!(
-            "{MANY} tunnels in {seconds:.1} s, start of the daemon included: {:.0} a second",
-            f64::from(MANY) / seconds
-        )),
-    );
-    table.check("ping through one in a hundred", sample(&topology));
+    table.check("set-up", Ok(many.set_up()));
+    table.check("ping through one in a hundred", many.pings());
     table.check(
         "the eavesdropper",
         capture
@@ -368,64 +327,6 @@ fn many(engine: &str) -> anyhow::Result<bool> {
             .is_clean()
             .map(|()| "nothing in the clear".to_owned()),
     );
-    table.check(
-        "memory",
-        Ok(format!(
-            "{} MiB at A, {} MiB at B",
-            all.memory_bytes >> 20,
-            gateway_b.status()?.memory_bytes >> 20
-        )),
-    );
+    table.check("memory", many.memory());
     Ok(table.print())
-}
-
-/// Gives the hosts the addresses of some of the tunnels and pings through each of these.
-fn sample(topology: &Topology) -> anyhow::Result<String> {
-    let numbers: Vec<u32> = (0..MANY).step_by(100).collect();
-    for number in &numbers {
-        for side in [Side::A, Side::B] {
-            let address = one_of_many(side, *number).children[0].local[0].clone();
-            let host = topology.host(side);
-            host.ip(&format!("addr add {address} dev lan"))?;
-            let via = side.host(Family::V4);
-            topology
-                .gateway(side)
-                .ip(&format!("route add {address} via {via}"))?;
-        }
-        let ends = one_of_many(Side::A, *number).children.remove(0);
-        let [from, to] = [&ends.local[0], &ends.remote[0]].map(|text| text.trim_end_matches("/32"));
-        Ping {
-            from: Some(from.parse()?),
-            ..Ping::to(to.parse()?)
-        }
-        .run(&topology.host_a)?
-        .all_answered()
-        .with_context(|| format!("tunnel {number}"))?;
-    }
-    Ok(format!("all answered in {} tunnels", numbers.len()))
-}
-
-/// Each tunnel has identities and addresses of its own.
-fn one_of_many(side: Side, number: u32) -> Tunnel {
-    let family = Family::V4;
-    let letter = |side: Side| format!("{}{number}.example", side.letter());
-    let address = |side: Side| {
-        let base = if side == Side::A { 16 } else { 17 };
-        format!("172.{base}.{}.{}/32", number / 250, number % 250 + 1)
-    };
-    let other = side.other();
-    let mut tunnel = Tunnel::between_sites(side, family);
-    tunnel.name = format!("t{number}");
-    tunnel.local_id = letter(side);
-    tunnel.remote_id = letter(other);
-    tunnel.children = vec![ChildSettings {
-        name: "net".to_owned(),
-        local: vec![address(side)],
-        remote: vec![address(other)],
-        lines: Vec::new(),
-    }];
-    if side == Side::B {
-        tunnel = tunnel.respond();
-    }
-    tunnel
 }

@@ -18,7 +18,7 @@ use anyhow::{Context, ensure};
 use ipsec_tests::{
     capture::Capture,
     gateway::{Gateway, Tunnel},
-    impairment::{Dice, Impairment, Rates},
+    impairment::{Behind, Dice, Impairment, Rates},
     netns,
     topology::{Family, Options, Side, Topology},
     udp::Flow,
@@ -221,7 +221,7 @@ fn round(
     thread::sleep(ROUND / 2);
     match incident {
         Incident::Nothing => {}
-        Incident::NatRebinds => network.rebind(),
+        Incident::NatRebinds => network.rebind(Behind::GatewayA),
         Incident::InitiatorKilled => {
             gateway_a.kill()?;
             gateway_a.run()?;

@@ -29,6 +29,7 @@ pub(super) const GROUPS: &[Group] = &[
         suites: &[
             "oracle",
             "kernel_engine",
+            "two_engines",
             "nic_offload",
             "transport_mode",
             "policies",
@@ -45,6 +46,15 @@ pub(super) const GROUPS: &[Group] = &[
         suites: &["policies"],
         limit: Duration::from_secs(900),
         slower: 1,
+    },
+    // The kernel that machines boot, with what user-mode Linux lacks: a second processor and a compiler for BPF.
+    Group {
+        name: "qemu",
+        long: true,
+        kernel: Kernel::full,
+        suites: &["fast_path"],
+        limit: Duration::from_secs(3600),
+        slower: 15,
     },
 ];
 

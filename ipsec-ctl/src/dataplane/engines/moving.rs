@@ -56,6 +56,9 @@ struct Move {
     held: BTreeSet<SaId>,
     /// How strictly the kernel looked at sources on the new device, to be set again.
     rp_filter: Option<String>,
+    /// What the tunnel is to be once this is over, if that is with the engine that it comes from: half a move cannot be undone,
+    /// for some children have their keys in the other engine already.
+    then: Option<TunnelSpec>,
 }
 
 impl Moves {
@@ -79,12 +82,24 @@ fn after(id: TunnelId) -> String {
     format!("ipsecol{:x}", id.0)
 }
 
+/// Whether the kernel looks at the way back to a packet's source on every device, whatever is set for that one.
+fn looks_at_ways_back() -> bool {
+    sysctl::get(&["net", "ipv4", "conf", "all", "rp_filter"]).is_ok_and(|set| set != "0")
+}
+
 /// Lets packets arrive on a device though the way back to their source is another one; returns what was set before.
 fn take_from_any_way(device: &str) -> Option<String> {
+    const NOT_AT_ALL: &str = "0";
     const LOOSE: &str = "2";
     let setting = ["net", "ipv4", "conf", device, "rp_filter"];
     let before = sysctl::get(&setting).ok()?;
-    sysctl::set(&setting, LOOSE).ok()?;
+    // The greater of the device's and of that for all counts.
+    let wanted = if looks_at_ways_back() {
+        LOOSE
+    } else {
+        NOT_AT_ALL
+    };
+    sysctl::set(&setting, wanted).ok()?;
     Some(before)
 }
 
@@ -120,7 +135,8 @@ impl Engines {
             return Err(rejected);
         }
         // The old device takes what comes in late, the new one what comes in early. What the kernel has decrypted it takes anyway.
-        if let Some((_, tun)) = self.xdp.device(id).await
+        if looks_at_ways_back()
+            && let Some((_, tun)) = self.xdp.device(id).await
             && let Err(error) = self.netlink.add_stand_in(tun).await
         {
             tracing::warn!(%error, "packets on their way may be refused");
@@ -132,19 +148,34 @@ impl Engines {
             switched: false,
             held: BTreeSet::new(),
             rp_filter: take_from_any_way(&before(id)),
+            then: None,
         };
+        self.ask_for_successors(id, &one).await;
         moves.0.insert(id, one);
-        for (sa, direction) in self.sas_of(to.other(), id).await {
-            if direction == Direction::Outbound {
-                let kind = LifetimeKind::Soft;
-                lodge.send(Event::Lifetime { sa, kind });
-            }
-        }
-        self.advance(moves, id).await;
+        // Nothing is to follow on a move that has just begun.
+        let _ = self.advance(moves, id).await;
         Ok(())
     }
 
-    /// A tunnel on its way has other settings: both engines go by them.
+    /// Has the daemon rekey the children that are still with the old engine.
+    async fn ask_for_successors(&self, id: TunnelId, one: &Move) {
+        for (sa, direction) in self.sas_of(one.to.other(), id).await {
+            if direction == Direction::Outbound && !one.held.contains(&sa) {
+                let kind = LifetimeKind::Soft;
+                self.xdp.lodge().send(Event::Lifetime { sa, kind });
+            }
+        }
+    }
+
+    /// Another daemon has come: the one before it may have died of hearing what it was asked for.
+    pub(super) async fn ask_again(&self, moves: &Moves) {
+        for (id, one) in &moves.0 {
+            self.ask_for_successors(*id, one).await;
+        }
+    }
+
+    /// A tunnel on its way has other settings: both engines go by them. If it is to be where it comes from, it goes back when it
+    /// has arrived.
     pub(super) async fn keep_up(
         &self,
         moves: &mut Moves,
@@ -152,13 +183,22 @@ impl Engines {
         home: Home,
     ) -> Result<(), Rejected> {
         let one = moves.0.get_mut(&spec.id).ok_or(Rejected::UnknownTunnel)?;
-        if one.to.is_other(home) || one.device != spec.device {
+        if one.device != spec.device {
             return Err(Rejected::by_kernel(
-                "move the tunnel",
+                "change the tunnel's device",
                 &"it is on its way to the other engine still: try again in some seconds",
             ));
         }
-        one.to = home;
+        if one.to.is_other(home) {
+            tracing::info!(
+                tunnel = spec.name,
+                "the tunnel goes back to the engine that it comes from when it has arrived"
+            );
+            one.then = Some(spec.clone());
+        } else {
+            one.to = home;
+            one.then = None;
+        }
         let (new, old) = if one.switched {
             (
                 (one.device.clone(), Place::InUse),
@@ -170,18 +210,26 @@ impl Engines {
                 (one.device.clone(), Place::InUse),
             )
         };
-        for (home, (device, place)) in [(home, new), (home.other(), old)] {
+        let goes_back = one.then.is_some();
+        for (home, (device, place)) in [(one.to, new), (one.to.other(), old)] {
             let spec = TunnelSpec {
                 device,
                 ..spec.clone()
             };
-            match (home, place) {
+            let set = match (home, place) {
                 // Not as one that is new there.
                 (Home::Xdp, Place::InUse) => {
                     let set = Command::SetTunnel(Box::new(spec));
-                    self.xdp.command(set).await?;
+                    self.xdp.command(set).await.map(|_| ())
                 }
-                (home, place) => self.put(home, spec, place).await?,
+                (home, place) => self.put(home, spec, place).await,
+            };
+            match set {
+                // What it is to be at the end of the way back need not please the engine that it only passes.
+                Err(error) if goes_back => {
+                    tracing::debug!(%error, "settings wait for the way back")
+                }
+                set => set?,
             }
         }
         Ok(())
@@ -213,14 +261,23 @@ impl Engines {
     pub(super) async fn advance_all(&self, moves: &mut Moves) {
         let ids: Vec<TunnelId> = moves.0.keys().copied().collect();
         for id in ids {
-            self.advance(moves, id).await;
+            let Some(spec) = self.advance(moves, id).await else {
+                continue;
+            };
+            let name = spec.name.clone();
+            let back = match self.home_for(&spec).await {
+                Ok(home) => self.begin_move(moves, spec, home).await,
+                Err(rejected) => Err(rejected),
+            };
+            if let Err(error) = back {
+                tracing::warn!(tunnel = name, %error, "the tunnel does not go back to the engine that it comes from");
+            }
         }
     }
 
-    async fn advance(&self, moves: &mut Moves, id: TunnelId) {
-        let Some(one) = moves.0.get_mut(&id) else {
-            return;
-        };
+    /// Does the next step for a tunnel on its way. If that was the last one, returns what the tunnel is to be then.
+    async fn advance(&self, moves: &mut Moves, id: TunnelId) -> Option<TunnelSpec> {
+        let one = moves.0.get_mut(&id)?;
         let old = self.sas_of(one.to.other(), id).await;
         let waits = |(sa, direction): &(SaId, Direction)| match direction {
             Direction::Outbound => !one.held.contains(sa),
@@ -234,8 +291,9 @@ impl Engines {
             .iter()
             .any(|(_, direction)| *direction == Direction::Inbound);
         if one.switched && !receives {
-            self.finish(moves, id).await;
+            return self.finish(moves, id).await;
         }
+        None
     }
 
     /// Leads the routes into the new device, and gives it the name of the old one.
@@ -285,10 +343,8 @@ impl Engines {
     }
 
     /// Nothing comes out of the old device any more.
-    async fn finish(&self, moves: &mut Moves, id: TunnelId) {
-        let Some(one) = moves.0.remove(&id) else {
-            return;
-        };
+    async fn finish(&self, moves: &mut Moves, id: TunnelId) -> Option<TunnelSpec> {
+        let one = moves.0.remove(&id)?;
         if let (Some((_, from)), Some((_, to))) = (
             self.device(one.to.other(), id).await,
             self.device(one.to, id).await,
@@ -296,8 +352,10 @@ impl Engines {
             // Somebody may have routed into it since.
             self.xdp.lodge().hand_over_routes(id, from, to).await;
         }
-        if let Some((_, tun)) = self.xdp.device(id).await {
-            let _ = self.netlink.remove_stand_in(tun).await;
+        if let Some((_, tun)) = self.xdp.device(id).await
+            && let Err(error) = self.netlink.remove_stand_in(tun).await
+        {
+            tracing::warn!(%error, "an address of ours stays on a tunnel's device");
         }
         if let Err(error) = self.remove_from(one.to.other(), id).await {
             tracing::warn!(%error, "a tunnel's old device stays behind");
@@ -306,6 +364,7 @@ impl Engines {
             let _ = sysctl::set(&["net", "ipv4", "conf", &one.device, "rp_filter"], before);
         }
         self.xdp.lodge().expect_beside(id, Vec::new()).await;
+        one.then
     }
 
     /// The SAs that an engine has of a tunnel.

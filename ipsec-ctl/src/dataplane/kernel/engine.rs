@@ -208,6 +208,7 @@ impl Engine {
                 .map(|()| None),
             Command::Configured => {
                 everything.complete = true;
+                inner.report_again(&everything);
                 inner.dirty.notify_one();
                 Ok(None)
             }

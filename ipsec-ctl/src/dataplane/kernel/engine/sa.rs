@@ -15,8 +15,8 @@ use crate::{
             policies::Receiving,
         },
         seam::{
-            ChildId, Direction, Event, Ledger, LifetimeKind, Mode, Outer, Rejected, SaId, SaSpec,
-            SelectorPair, TunnelId,
+            ChildId, Direction, Event, Ledger, Lifetime, LifetimeKind, Mode, Outer, Rejected, SaId,
+            SaSpec, SelectorPair, TunnelId,
         },
         xdp::slow::monotonic_seconds,
     },
@@ -44,6 +44,7 @@ pub(super) struct Sa {
     pub(super) card: Option<u32>,
     /// Longest inner packet in bytes that the path takes in one piece.
     pub(super) inner_mtu: Option<u16>,
+    pub(super) lifetime: Lifetime,
 }
 
 impl Sa {
@@ -105,6 +106,7 @@ impl Inner {
             },
             card: None,
             inner_mtu: None,
+            lifetime: spec.lifetime,
         };
         sa.inner_mtu = self.inner_mtu(&sa, spec).await;
         if let Some(pair) = sa.pair() {
