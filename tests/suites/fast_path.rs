@@ -3,6 +3,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
+use aya::programs::loaded_programs;
 use ipsec_ctl::{
     api::model::Direction,
     dataplane::{
@@ -23,6 +24,7 @@ use ipsec_tests::{
     suite::{
         self,
         Need::{FastPath, Nftables, Pace, StrongSwan},
+        skipped,
     },
     tcp,
     topology::{Family, Options, Side, Topology},
@@ -32,9 +34,11 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::Value;
 
 fn main() -> ExitCode {
     suite::main(&cases![
+        [FastPath] the_kernels_compiler_takes_the_program,
         [FastPath, Pace] bulk_traffic_takes_the_fast_path,
         [FastPath] where_nobody_has_mounted_the_bpf_file_system_the_daemon_does,
         [] nothing_is_lost_at_a_moderate_rate_for_ten_seconds,
@@ -73,6 +77,36 @@ fn wait_offload(gateway: &Gateway<'_>, wanted: Offload) -> anyhow::Result<()> {
         },
     )
     .with_context(|| gateway.log(20))
+}
+
+fn the_kernels_compiler_takes_the_program() -> anyhow::Result<()> {
+    /// 1 has every program compiled; 0 has them interpreted.
+    const SETTING: &str = "/proc/sys/net/core/bpf_jit_enable";
+    let setting = std::fs::read_to_string(SETTING).unwrap_or_default();
+    if setting.trim() != "1" {
+        return Err(skipped(&format!(
+            "the kernel's BPF compiler is off: {SETTING} is `{}`",
+            setting.trim()
+        )));
+    }
+    let topology = Topology::build(Options::default())?;
+    let _gateways = start_default(&topology)?;
+    for interface in ["lan", "wan"] {
+        let link = topology
+            .gateway_a
+            .exec(&format!("ip -j -d link show {interface}"))?;
+        let link: Value = serde_json::from_str(&link)?;
+        let id = link[0]["xdp"]["prog"]["id"].as_u64();
+        let id = id.with_context(|| format!("no XDP program on {interface}: {link}"))?;
+        let mut programs = loaded_programs().filter_map(Result::ok);
+        let program = programs.find(|program| u64::from(program.id()) == id);
+        let program = program.context("the kernel does not list the program")?;
+        ensure!(
+            program.size_jitted() > 0,
+            "it is interpreted on {interface}: {program:?}"
+        );
+    }
+    hosts_talk(&topology, V4)
 }
 
 fn bulk_traffic_takes_the_fast_path() -> anyhow::Result<()> {

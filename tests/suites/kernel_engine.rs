@@ -18,10 +18,12 @@ use ipsec_tests::{
     gateway::{Gateway, Tunnel},
     kernel_esp::{self, heals},
     pair::{Flows, PATIENCE, conversation, ends, hosts_talk, start, stop_and_release},
+    ping::Ping,
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     tcp,
     topology::{Family, Options, Side, Topology},
+    udp::Flow,
 };
 use nix::{
     sys::signal::{Signal, kill},
