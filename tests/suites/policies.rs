@@ -373,8 +373,19 @@ fn the_kernels_esp_carries_by_policies_alone_where_there_are_no_xfrm_interfaces(
     gateway.run()?;
     let tunnel = gateway.wait_up("site", PATIENCE)?;
     ensure!(tunnel.device.contains("no-xfrm"), "{}", tunnel.device);
+    // Neither do the next daemon's wishes lead it over, so that one starts it anew.
+    gateway.kill()?;
+    gateway.configure("", &[a.clone().with("engine = \"xdp\"")])?;
+    gateway.run()?;
+    gateway.wait_up("site", PATIENCE)?;
+    heals(&topology, "the tunnel to carry again")?;
+    ensure!(is_carried(&gateway, carried).is_err(), "by policies");
     // A reload may take it to the other engine and back, with a gap.
-    for (line, is_policies) in [("engine = \"xdp\"", false), ("engine = \"kernel\"", true)] {
+    for (line, is_policies) in [
+        ("engine = \"kernel\"", true),
+        ("engine = \"xdp\"", false),
+        ("engine = \"kernel\"", true),
+    ] {
         gateway.configure("", &[a.clone().with(line)])?;
         let told = gateway.reload()?;
         ensure!(told.contains("site changed"), "{told}");

@@ -303,11 +303,15 @@ impl Gateway {
         let down = tunnel.down;
         let spec = convert::tunnel_spec(id, &tunnel.config, &tunnel.places, &tunnel.elsewhere);
         let peer = convert::peer_config(id, &tunnel.config, &tunnel.places);
-        if let Err(rejected) = self
-            .engine
-            .command(seam::Command::SetTunnel(Box::new(spec)))
-            .await
-        {
+        let set = || seam::Command::SetTunnel(Box::new(spec.clone()));
+        let mut result = self.engine.command(set()).await;
+        if matches!(result, Err(seam::Rejected::Immovable)) {
+            // The data plane had it before this daemon, with an engine that it cannot leave while it is up: its SAs go there, and
+            // are not among those that can go on.
+            self.tell(seam::Command::RemoveTunnel(id)).await;
+            result = self.engine.command(set()).await;
+        }
+        if let Err(rejected) = result {
             self.tunnels.remove(id);
             return Err(rejected);
         }

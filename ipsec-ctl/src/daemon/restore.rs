@@ -250,7 +250,7 @@ impl Gateway {
         lost
     }
 
-    async fn tell(&self, command: seam::Command) {
+    pub(super) async fn tell(&self, command: seam::Command) {
         if let Err(cause) = self.engine.command(command).await {
             warn!(%cause, "the data plane keeps what is not wanted any more");
         }
