@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         [XfrmInterfaces] protection_outlives_the_daemon_until_release_and_strangers_are_left_alone,
         [XfrmInterfaces] what_the_kernel_drops_is_counted_under_our_names,
         [XfrmInterfaces] daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost,
-        [XfrmInterfaces] packets_go_on_in_the_kernel_while_nothing_of_ours_runs,
+        [XfrmInterfaces] long packets_go_on_in_the_kernel_while_nothing_of_ours_runs,
     ])
 }
 

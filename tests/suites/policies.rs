@@ -29,17 +29,17 @@ fn main() -> ExitCode {
         [KernelEsp] the_lan_stays_as_it_is_where_everything_is_remote,
         [KernelEsp] of_two_tunnels_that_overlap_the_more_specific_one_has_the_packets_and_no_other,
         [KernelEsp] long each_of_several_initiators_and_pairs_under_one_child_gets_its_own_traffic,
-        [KernelEsp] esp_in_udp_and_the_ike_beside_it_pass_the_policies,
+        [KernelEsp] long esp_in_udp_and_the_ike_beside_it_pass_the_policies,
         [KernelEsp] long the_first_packet_brings_up_a_tunnel_on_demand,
-        [KernelEsp] nothing_is_lost_while_sas_are_replaced_by_volume,
-        [KernelEsp] what_others_flush_is_put_back,
+        [KernelEsp] long nothing_is_lost_while_sas_are_replaced_by_volume,
+        [KernelEsp] long what_others_flush_is_put_back,
         [KernelEsp] nothing_is_in_the_clear_through_kill_and_restart,
-        [KernelEsp] a_daemon_that_was_killed_leaves_packets_flowing_and_the_next_one_goes_on,
+        [KernelEsp] long a_daemon_that_was_killed_leaves_packets_flowing_and_the_next_one_goes_on,
         [KernelEsp] what_no_sa_protects_is_blocked_from_guard_until_release_and_strangers_are_left_alone,
-        [KernelEsp] a_tunnel_that_another_programs_policy_is_in_the_way_of_is_refused,
+        [KernelEsp] long a_tunnel_that_another_programs_policy_is_in_the_way_of_is_refused,
         [NoXfrmInterfaces] the_kernels_esp_carries_by_policies_alone_where_there_are_no_xfrm_interfaces,
         [XfrmInterfaces] long a_reload_leads_from_a_device_to_policies_and_back,
-        [KernelEsp] a_tunnel_by_policies_alone_does_not_move_to_the_other_engine_but_by_reload,
+        [KernelEsp] long a_tunnel_by_policies_alone_does_not_move_to_the_other_engine_but_by_reload,
     ])
 }
 

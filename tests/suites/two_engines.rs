@@ -31,11 +31,11 @@ fn main() -> ExitCode {
         [XfrmInterfaces] a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing,
         [XfrmInterfaces] long a_tunnel_moves_there_and_back_with_what_others_have_given_its_device,
         [XfrmInterfaces] long a_tunnel_that_is_sent_back_on_its_way_goes_back_when_it_has_arrived,
-        [XfrmInterfaces] the_next_daemon_moves_what_the_configuration_has_elsewhere_and_loses_nothing,
+        [XfrmInterfaces] long the_next_daemon_moves_what_the_configuration_has_elsewhere_and_loses_nothing,
         [XfrmInterfaces] long the_next_daemons_move_it_there_and_back_and_lose_nothing,
         [XfrmInterfaces] a_daemon_that_is_killed_during_a_move_costs_no_packet,
         [XfrmInterfaces] long daemons_that_are_killed_anywhere_in_a_move_cost_no_packet,
-        [XfrmInterfaces] a_data_plane_that_is_killed_during_a_move_leaves_nothing_behind,
+        [XfrmInterfaces] long a_data_plane_that_is_killed_during_a_move_leaves_nothing_behind,
         [XfrmInterfaces] long data_planes_that_are_killed_anywhere_in_a_move_leave_nothing_behind,
         [XfrmInterfaces, Nftables] long a_tunnel_behind_a_nat_moves_and_loses_little,
     ])
