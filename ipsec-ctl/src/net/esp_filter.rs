@@ -76,7 +76,7 @@ mod tests {
                 let socket = || Socket::new(domain, Type::RAW, Some(Protocol::from(50))).unwrap();
                 let (sender, mut receiver) = (socket(), socket());
                 receiver
-                    .set_read_timeout(Some(Duration::from_secs(5)))
+                    .set_read_timeout(Some(Duration::from_secs(60)))
                     .unwrap();
                 receiver
                     .attach_filter(&without(v6, &[7, 0xc0ff_ee01]))

@@ -1,11 +1,6 @@
 //! An engine in a namespace, in a thread of its own, and what is installed in it by hand.
 
-use std::{
-    net::IpAddr,
-    sync::mpsc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{net::IpAddr, sync::mpsc, thread, time::Duration};
 
 use ipsec_common::{Reason, Spi, TrafficSelector};
 use ipsec_ctl::{
@@ -23,7 +18,7 @@ use ipsec_ctl::{
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc::Receiver;
 
-use crate::net::Net;
+use crate::net::{Net, eventually};
 
 /// Work for the thread of a gateway, which stays in its namespace.
 pub(crate) type Job =
@@ -123,7 +118,7 @@ impl Gateway {
                         }
                     }
                 };
-                tokio::time::timeout(Duration::from_secs(5), wait)
+                tokio::time::timeout(Duration::from_secs(30), wait)
                     .await
                     .ok()?
             })
@@ -262,12 +257,8 @@ pub(crate) fn gateways(net: &Net, v6: bool, encap: bool) -> (Gateway, Gateway) {
     b.command(Command::SetTunnel(Box::new(tunnel(2, 1))));
     install(&a, 1, 2, v6, encap);
     install(&b, 2, 1, v6, encap);
-    let start = Instant::now();
-    while !net.exec("ga", "ip route get 10.2.0.2").1.contains("office")
-        || !net.exec("gb", "ip route get 10.1.0.2").1.contains("office")
-    {
-        assert!(start.elapsed() < Duration::from_secs(5), "routes appear");
-        thread::sleep(Duration::from_millis(20));
-    }
+    eventually("routes appear", || {
+        net.leads_into_tunnel("ga", "10.2.0.2") && net.leads_into_tunnel("gb", "10.1.0.2")
+    });
     (a, b)
 }

@@ -26,7 +26,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     gateway::{Gateway, gateways, outer_address, sa_spec, tunnel},
-    net::{Net, client, echo, exchange},
+    net::{Net, client, echo, eventually, exchange},
 };
 
 #[test]
@@ -72,11 +72,12 @@ fn packets_as_long_as_the_tunnel_pass_and_longer_ones_are_answered() {
     // The echo, which is a byte longer, fills the tunnel: 1394 bytes of data, 8 of UDP, 20 of IPv4.
     assert_eq!(exchange(&socket, 1393).unwrap(), 62);
     socket.send(&[0; 1395]).unwrap();
-    thread::sleep(Duration::from_millis(300));
-    let told = socket
-        .take_error()
-        .unwrap()
-        .and_then(|error| error.raw_os_error());
+    let mut told = None;
+    eventually("the host is told", || {
+        told = socket.take_error().unwrap();
+        told.is_some()
+    });
+    let told = told.and_then(|error| error.raw_os_error());
     assert_eq!(told, Some(libc::EMSGSIZE));
     // The ICMP answer of gateway A has arrived, and the host's own kernel refuses the next one.
     let refused = socket.send(&[0; 1395]).unwrap_err();
@@ -101,7 +102,7 @@ fn a_packet_without_an_sa_asks_for_one_and_never_leaves_in_the_clear() {
     a.command(Command::SetTunnel(Box::new(tunnel(1, 2))));
     a.command(Command::SetCarrier(TunnelId(1), true));
     a.command(Command::Configured);
-    thread::sleep(Duration::from_millis(500));
+    eventually("routes appear", || net.leads_into_tunnel("ga", "10.2.0.2"));
     let socket = client(&net, "10.2.0.2", false);
     for _ in 0..2 {
         socket.send(b"hello").unwrap();
@@ -115,24 +116,26 @@ fn a_packet_without_an_sa_asks_for_one_and_never_leaves_in_the_clear() {
     assert_eq!(flow.destination, "10.2.0.2".parse::<IpAddr>().unwrap());
     // They wait, but not for ever.
     assert_eq!(a.count(Reason::NoSa), 0);
-    let end = Instant::now() + Duration::from_secs(20);
-    while a.count(Reason::Unanswered) < 2 {
-        assert!(Instant::now() < end, "{:?}", a.dropped());
-        thread::sleep(Duration::from_millis(100));
-    }
+    eventually("both are given up", || a.count(Reason::Unanswered) == 2);
     // The device goes down under our hands: it comes back, with its routes.
     net.exec("ga", "ip link set office down");
-    thread::sleep(Duration::from_millis(700));
-    let (_, route) = net.exec("ga", "ip route get 10.2.0.2");
-    assert!(route.contains("office"), "{route}");
+    eventually("it is up again", || {
+        net.exec("ga", "ip link show up dev office")
+            .1
+            .contains("office")
+    });
+    eventually("its routes are back", || {
+        net.leads_into_tunnel("ga", "10.2.0.2")
+    });
     a.command(Command::RemoveTunnel(TunnelId(1)));
-    thread::sleep(Duration::from_millis(500));
-    assert!(
-        !net.exec("ga", "ip link show office").0,
-        "the device is gone"
-    );
-    let (_, routes) = net.exec("ga", "ip route show table all proto 84");
-    assert_eq!(routes, "");
+    eventually("the device is gone", || {
+        !net.exec("ga", "ip link show office").0
+    });
+    eventually("its routes are gone", || {
+        net.exec("ga", "ip route show table all proto 84")
+            .1
+            .is_empty()
+    });
 }
 
 #[test]
@@ -198,7 +201,9 @@ fn a_narrow_path_lowers_the_device_mtu_but_a_forged_message_does_not() {
     });
     // 1400 - 20 of IPv4 - 8 of ESP - 16 of IV - 32 of ICV = 1324, of which 1312 are whole blocks, less 2 of trailer.
     assert_eq!(mtu, Some(1310));
-    assert!(net.exec("ga", "ip link show office").1.contains("mtu 1310"));
+    eventually("the device has it", || {
+        net.exec("ga", "ip link show office").1.contains("mtu 1310")
+    });
     assert_eq!(exchange(&socket, 1000).unwrap(), 62);
 }
 
@@ -228,18 +233,10 @@ fn a_thousand_tunnels_are_set_up_in_seconds() {
     let installed = start.elapsed();
     eprintln!("1,000 tunnels in {created:?}, with their SAs in {installed:?}");
     assert!(installed < Duration::from_secs(60));
-    let last = Instant::now();
-    while !net
-        .exec("ga", "ip route get 10.19.232.1")
-        .1
-        .contains("dev t1000 ")
-    {
-        assert!(
-            last.elapsed() < Duration::from_secs(30),
-            "its route appears"
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
+    eventually("the route of the last appears", || {
+        let (_, route) = net.exec("ga", "ip route get 10.19.232.1");
+        route.contains("dev t1000 ")
+    });
     assert_eq!(a.run(|_, engine, _| engine.sa_stats().len()), 2000);
 }
 

@@ -9,7 +9,7 @@ use std::{
     os::{fd::AsRawFd, unix::process::CommandExt},
     process::Command as Process,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ipsec_ctl::dataplane::xdp::program;
@@ -123,6 +123,12 @@ impl Net {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         (output.status.success(), text)
     }
+
+    /// Whether a gateway sends what is for this address into its tunnel.
+    pub(crate) fn leads_into_tunnel(&self, which: &str, address: &str) -> bool {
+        let (_, route) = self.exec(which, &format!("ip route get {address}"));
+        route.contains("office")
+    }
 }
 
 impl Drop for Net {
@@ -218,10 +224,19 @@ pub(crate) fn client(net: &Net, destination: &str, may_fragment: bool) -> UdpSoc
         }
         socket.connect(address).unwrap();
         socket
-            .set_read_timeout(Some(Duration::from_secs(2)))
+            .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         socket
     })
+}
+
+/// Waits until something holds: as long as a busy machine may need.
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Sends so many bytes and waits for the echo. Returns the TTL that they arrived with.

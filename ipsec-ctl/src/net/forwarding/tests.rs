@@ -127,7 +127,7 @@ fn a_neighbour_is_unknown_then_known_then_replaced() {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), replaced)
+        tokio::time::timeout(Duration::from_secs(60), replaced)
             .await
             .expect("the change is told");
     });

@@ -78,7 +78,7 @@ fn capture(name: &str) -> OwnedFd {
 
 /// Waits for a captured packet of this type.
 fn captured(fd: &OwnedFd, ethertype: [u8; 2]) -> Vec<u8> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let mut buffer = [0_u8; 4096];
     loop {
         assert!(Instant::now() < deadline, "nothing was captured");
@@ -122,7 +122,7 @@ fn send(umem: &mut Umem, socket: &mut Socket, packet: &[u8]) {
 
 /// Collects completions until all frames are back.
 fn complete(umem: &mut Umem, sockets: &mut [Socket]) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while umem.free_frames() < umem.frames() as usize {
         assert!(Instant::now() < deadline, "frames were lost");
         for socket in &mut *sockets {

@@ -1,7 +1,12 @@
 //! Tests of the program on tables: a frame in, a verdict and a counter out. In namespaces of their own; they need root, and
 //! the program built, and say so otherwise.
 
-use std::{net::UdpSocket, process::Command, sync::atomic::Ordering, time::Duration};
+use std::{
+    net::UdpSocket,
+    process::Command,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use aya::{TestRun, TestRunOptions};
 use ipsec_common::maps::SA_SLOTS;
@@ -454,9 +459,11 @@ fn of_unknown_spis_a_few_a_second_pass() {
         bed.configure();
         let link = bed.link;
         bed.program.activate(link, MAC).unwrap();
+        let began = Instant::now();
         let verdicts: Vec<_> = (0..100)
             .map(|_| bed.run(&frame(HOST, 50, &esp(999))))
             .collect();
+        let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
         assert!(
             verdicts
                 .iter()
@@ -466,9 +473,10 @@ fn of_unknown_spis_a_few_a_second_pass() {
             .iter()
             .filter(|(verdict, _)| *verdict == PASS)
             .count();
-        // Two a second on each CPU, and a second may end in between.
+        // Two in each second on each CPU. So many seconds, and a part of one, touch two seconds more at most.
         let cpus = std::thread::available_parallelism().unwrap().get();
-        assert!((2..=4 * cpus).contains(&passed), "{passed}");
+        let most = 2 * cpus * (seconds + 2);
+        assert!((2..=most).contains(&passed), "{passed} of {most}");
     });
 }
 
@@ -521,7 +529,9 @@ fn the_look_at_the_way_back_costs_no_more_than_one_into_the_fib() {
         frame[26..30].copy_from_slice(&[10, 1, 0, 2]);
         // In turn, and the best of each: whatever else the machine does only adds to it.
         let mut best = [Duration::MAX; 2];
-        for _ in 0..20 {
+        let mut rounds = 0;
+        while rounds < 20 || rounds < 500 && best[1] >= 3 * best[0] {
+            rounds += 1;
             for (wary, best) in [false, true].into_iter().zip(&mut best) {
                 let entry = tunnel(true, wary);
                 bed.program.set_tunnel(device, entry).unwrap();
