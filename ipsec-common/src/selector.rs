@@ -19,6 +19,14 @@ pub struct TrafficSelector {
     pub addresses: (IpAddr, IpAddr),
 }
 
+impl TrafficSelector {
+    /// Whether some address is in both, whatever the protocols and ports.
+    // Of two families one range is wholly before the other.
+    pub fn shares_addresses(&self, other: &Self) -> bool {
+        self.addresses.0 <= other.addresses.1 && other.addresses.0 <= self.addresses.1
+    }
+}
+
 impl fmt::Display for TrafficSelector {
     /// The notation of the configuration: addresses, then protocol and ports where they are narrowed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -74,6 +82,27 @@ mod tests {
                 addresses
             }
         )
+    }
+
+    #[test]
+    fn ranges_share_addresses_where_they_meet_and_never_across_families() {
+        let range = |first: &str, last: &str| TrafficSelector {
+            protocol: 0,
+            ports: (0, u16::MAX),
+            addresses: (first.parse().unwrap(), last.parse().unwrap()),
+        };
+        let one = range("10.1.0.0", "10.1.0.255");
+        let all_v6 = range("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff");
+        for (other, share) in [
+            (one, true),
+            (range("10.1.0.255", "10.2.0.0"), true),
+            (range("10.0.0.0", "10.255.255.255"), true),
+            (range("10.1.1.0", "10.1.1.0"), false),
+            (all_v6, false),
+        ] {
+            assert_eq!(one.shares_addresses(&other), share, "{other}");
+            assert_eq!(other.shares_addresses(&one), share, "{other}");
+        }
     }
 
     #[test]

@@ -22,10 +22,7 @@ pub const XDP: &str = "engine = \"xdp\"";
 ///
 /// What is otherwise.
 pub fn is_by_the_kernel(gateway: &Gateway<'_>, tunnel: &str) -> anyhow::Result<()> {
-    let tunnel = gateway.tunnel(tunnel)?;
-    let child = tunnel.children.first().context("no child")?;
-    for direction in [child.inbound, child.outbound] {
-        let direction = direction.context("an SA is missing in status")?;
+    for direction in gateway.directions(tunnel)? {
         ensure!(
             direction.offload == Offload::Kernel(KernelReason::Configured),
             "{direction:?}"
@@ -42,10 +39,7 @@ pub fn is_by_the_kernel(gateway: &Gateway<'_>, tunnel: &str) -> anyhow::Result<(
 ///
 /// What is otherwise.
 pub fn is_by_xdp(gateway: &Gateway<'_>, tunnel: &str) -> anyhow::Result<()> {
-    let tunnel = gateway.tunnel(tunnel)?;
-    let child = tunnel.children.first().context("no child")?;
-    for direction in [child.inbound, child.outbound] {
-        let direction = direction.context("an SA is missing in status")?;
+    for direction in gateway.directions(tunnel)? {
         ensure!(
             !matches!(direction.offload, Offload::Kernel(_)),
             "{direction:?}"

@@ -370,6 +370,20 @@ impl<'a> Gateway<'a> {
         tunnel.with_context(|| format!("no tunnel {name}"))
     }
 
+    /// Both SAs of a tunnel's first child: inbound and outbound.
+    ///
+    /// # Errors
+    ///
+    /// One is missing.
+    pub fn directions(&self, tunnel: &str) -> anyhow::Result<[model::Direction; 2]> {
+        let tunnel = self.tunnel(tunnel)?;
+        let child = tunnel.children.first().context("no child")?;
+        Ok([
+            child.inbound.context("no inbound SA")?,
+            child.outbound.context("no outbound SA")?,
+        ])
+    }
+
     /// SPIs of a tunnel's IKE SA and of what its first child receives on: others after a rekeying.
     ///
     /// # Errors

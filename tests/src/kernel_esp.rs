@@ -70,6 +70,25 @@ pub fn nothing_is_lost_while_sas_are_replaced_by_volume(lines: &str) -> anyhow::
     })
 }
 
+/// A tunnel that B takes down goes down at A, too, and comes up again at both.
+///
+/// # Errors
+///
+/// It does not.
+pub fn goes_down_and_comes_up(a: &Gateway<'_>, b: &Gateway<'_>) -> anyhow::Result<()> {
+    b.down("site")?;
+    a.wait("site", "down at the peer's wish", PATIENCE, |tunnel| {
+        tunnel.state != State::Up
+    })?;
+    b.up("site")?;
+    a.up("site")?;
+    // Who answered is up first, and sends before the other has what it needs to receive.
+    for gateway in [a, b] {
+        gateway.wait_up("site", PATIENCE)?;
+    }
+    Ok(())
+}
+
 /// Pings until one is answered.
 ///
 /// # Errors

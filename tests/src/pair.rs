@@ -9,7 +9,7 @@ use crate::{
     gateway::{Gateway, Tunnel},
     ping::Ping,
     topology::{Family, Side, Topology},
-    udp::{Flow, Running},
+    udp::{Flow, FlowReport, Running},
 };
 
 /// Longest that a tunnel may take to come up in a test.
@@ -131,30 +131,45 @@ pub fn stop_and_release(
     Ok(())
 }
 
-/// Numbered packets between the hosts, both ways, until [`Flows::are_perfect`].
+/// Numbered packets between the hosts, both ways, until they are cut.
 #[derive(Debug)]
-pub struct Flows(Vec<(Side, Running)>);
+pub struct Flows([Running; 2]);
 
 impl Flows {
-    /// Starts them, for a minute at most.
+    /// Starts them, a thousand packets a second each.
     ///
     /// # Errors
     ///
     /// Sockets cannot be opened.
     pub fn start(topology: &Topology) -> anyhow::Result<Self> {
-        let flow = |from: Side| {
+        Self::at(topology, 1000)
+    }
+
+    /// Starts them at a rate in packets a second, for an hour at most.
+    ///
+    /// # Errors
+    ///
+    /// Sockets cannot be opened.
+    pub fn at(topology: &Topology, rate: u32) -> anyhow::Result<Self> {
+        let start = |from: Side| {
             let flow = Flow {
-                time: Duration::from_secs(60),
+                rate: Some(rate),
+                time: Duration::from_secs(3600),
                 ..Flow::to(from.other().host(Family::V4))
             };
-            let running = flow.start(topology.host(from), topology.host(from.other()))?;
-            Ok((from, running))
+            flow.start(topology.host(from), topology.host(from.other()))
         };
-        [Side::A, Side::B]
-            .map(flow)
-            .into_iter()
-            .collect::<anyhow::Result<_>>()
-            .map(Self)
+        Ok(Self([start(Side::A)?, start(Side::B)?]))
+    }
+
+    /// Ends them: what became of the one from site A, and of the one from site B.
+    ///
+    /// # Errors
+    ///
+    /// A thread of theirs failed. Lost packets are no error.
+    pub fn cut(self) -> anyhow::Result<[FlowReport; 2]> {
+        let [out, back] = self.0;
+        Ok([out.cut()?, back.cut()?])
     }
 
     /// Ends them; every packet has arrived, once and whole.
@@ -163,11 +178,25 @@ impl Flows {
     ///
     /// What was lost.
     pub fn are_perfect(self) -> anyhow::Result<()> {
-        for (from, flow) in self.0 {
-            let report = flow.cut()?;
+        for (from, report) in [Side::A, Side::B].into_iter().zip(self.cut()?) {
             report
                 .is_perfect()
                 .with_context(|| format!("from site {from:?}"))?;
+        }
+        Ok(())
+    }
+
+    /// Ends them; at a known rate the number of packets that are lost tells how long the gap was.
+    ///
+    /// # Errors
+    ///
+    /// One of them has lost so many, or some arrived twice.
+    pub fn lose_less_than(self, most: u32) -> anyhow::Result<()> {
+        for report in self.cut()? {
+            ensure!(
+                report.lost() < u64::from(most) && report.duplicated == 0,
+                "{report}"
+            );
         }
         Ok(())
     }

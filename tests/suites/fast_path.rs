@@ -56,22 +56,15 @@ fn main() -> ExitCode {
 
 const V4: Family = Family::V4;
 
-/// Both directions of the only child of a gateway.
-fn directions(gateway: &Gateway<'_>) -> anyhow::Result<[Direction; 2]> {
-    let child = gateway.tunnel("site")?.children.remove(0);
-    Ok([
-        child.inbound.context("no inbound SA")?,
-        child.outbound.context("no outbound SA")?,
-    ])
-}
-
 /// Waits until both directions are carried this way.
 fn wait_offload(gateway: &Gateway<'_>, wanted: Offload) -> anyhow::Result<()> {
     wait_for(
         "both directions to be carried otherwise",
         Duration::from_secs(20),
         || {
-            let shown = directions(gateway)?.map(|direction| direction.offload);
+            let shown = gateway
+                .directions("site")?
+                .map(|direction| direction.offload);
             ensure!(shown == [wanted, wanted], "{shown:?}");
             Ok(Some(()))
         },
@@ -123,7 +116,7 @@ fn bulk_traffic_takes_the_fast_path() -> anyhow::Result<()> {
         ensure!(transfer.bytes > 10_000_000, "{transfer}");
     }
     for gateway in [&a, &b] {
-        for direction in directions(gateway)? {
+        for direction in gateway.directions("site")? {
             let (fast, slow) = (direction.fast.packets, direction.slow.packets);
             ensure!(direction.offload == Offload::Full, "{direction:?}");
             ensure!(
@@ -188,7 +181,7 @@ fn a_tunnel_without_fast_path_says_so_and_carries_traffic() -> anyhow::Result<()
     );
     let (a, _b) = start(&topology, a, b)?;
     hosts_talk(&topology, V4)?;
-    for direction in directions(&a)? {
+    for direction in a.directions("site")? {
         ensure!(direction.fast.packets == 0, "{direction:?}");
         ensure!(
             matches!(direction.offload, Offload::Declined(_)),
@@ -208,7 +201,7 @@ fn a_firewall_rule_that_drops_tunnel_traffic_does_drop_it() -> anyhow::Result<()
         Direction {
             offload: before, ..
         },
-    ] = directions(&a)?;
+    ] = a.directions("site")?;
     for command in [
         "nft add table inet firewall",
         "nft add chain inet firewall forward { type filter hook forward priority 0 ; }",
@@ -317,7 +310,7 @@ fn an_interface_whose_queue_was_taken_is_tried_again() -> anyhow::Result<()> {
     })?;
     let taken = taken.context("AF_XDP")?;
     let (a, _b) = start_default(&topology)?;
-    let [_, outbound] = directions(&a)?;
+    let [_, outbound] = a.directions("site")?;
     ensure!(
         outbound.offload == Offload::Partial(OffloadReason::NoAfXdp),
         "{outbound:?}"
@@ -355,7 +348,7 @@ fn where_the_driver_has_no_room_for_xdp_the_generic_kind_carries_packets() -> an
     }
     hosts_talk(&topology, V4)?;
     for gateway in [&a, &b] {
-        for direction in directions(gateway)? {
+        for direction in gateway.directions("site")? {
             let (fast, slow) = (direction.fast.packets, direction.slow.packets);
             ensure!(fast > 20 * slow, "{fast} fast, {slow} slow");
         }

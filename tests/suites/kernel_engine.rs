@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use ipsec_ctl::api::model::State;
 use ipsec_tests::{
     attack::{Attacker, captured, damaged},
     branches,
@@ -16,14 +15,13 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    kernel_esp::{self, heals},
+    kernel_esp::{self, goes_down_and_comes_up, heals},
     pair::{Flows, PATIENCE, conversation, ends, hosts_talk, start, stop_and_release},
     ping::Ping,
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     tcp,
     topology::{Family, Options, Side, Topology},
-    udp::Flow,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -216,16 +214,7 @@ fn esp_in_udp_reaches_the_kernel_and_ike_beside_it_the_daemon() -> anyhow::Resul
         )?;
         hosts_talk(&topology, family).with_context(|| format!("{engines:?}"))?;
         // The Delete goes through the socket on which the kernel takes the ESP.
-        b.down("site")?;
-        a.wait("site", "down at the peer's wish", PATIENCE, |tunnel| {
-            tunnel.state != State::Up
-        })?;
-        b.up("site")?;
-        a.up("site")?;
-        // Who answered is up first, and sends before the other has what it needs to receive.
-        for gateway in [&a, &b] {
-            gateway.wait_up("site", PATIENCE)?;
-        }
+        goes_down_and_comes_up(&a, &b)?;
         let carried = conversation(&topology, family)?;
         capture.stop().is_sealed(carried, true)?;
     }
@@ -488,26 +477,11 @@ fn packets_go_on_in_the_kernel_while_nothing_of_ours_runs() -> anyhow::Result<()
     std::thread::sleep(Duration::from_secs(2));
     flows.are_perfect().context("with nothing of ours at A")?;
     // What comes back knows the IKE SA and not how far the states have counted for it: they go, and new ones come.
-    let flow = |from: Side| {
-        let flow = Flow {
-            rate: Some(RATE),
-            time: Duration::from_secs(60),
-            ..Flow::to(from.other().host(V4))
-        };
-        flow.start(topology.host(from), topology.host(from.other()))
-    };
-    let flows = [flow(Side::A)?, flow(Side::B)?];
+    let flows = Flows::at(&topology, RATE)?;
     a.run()?;
     a.wait_up("site", PATIENCE)?;
     heals(&topology, "the tunnel to carry again")?;
-    for flow in flows {
-        let report = flow.cut()?;
-        ensure!(
-            report.lost() < u64::from(RATE) && report.duplicated == 0,
-            "{report}\n{}",
-            a.log(40)
-        );
-    }
+    flows.lose_less_than(RATE).with_context(|| a.log(40))?;
     let after = a.spis("site")?;
     ensure!(after.0 == before.0, "another IKE SA\n{}", a.log(40));
     ensure!(after.1 != before.1, "an SA was taken over");

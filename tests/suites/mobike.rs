@@ -1,6 +1,6 @@
 //! Addresses that move under tunnels that are up, with numbered packets in them (MOBIKE, RFC 4555).
 
-use std::{net::IpAddr, process::ExitCode, time::Duration};
+use std::{net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, ensure};
 use ipsec_tests::{
@@ -8,11 +8,11 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    pair::{self, PATIENCE, hosts_talk},
+    pair::{self, Flows, PATIENCE, hosts_talk},
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     topology::{Family, Options, Side, Topology},
-    udp::{Flow, FlowReport, Running},
+    udp::FlowReport,
 };
 
 #[expect(
@@ -49,22 +49,9 @@ fn renumber(topology: &Topology, side: Side) -> anyhow::Result<IpAddr> {
     Ok(side.elsewhere())
 }
 
-fn flows(topology: &Topology) -> anyhow::Result<[Running; 2]> {
-    let start = |from: Side| {
-        let flow = Flow {
-            rate: Some(RATE),
-            time: Duration::from_secs(60),
-            ..Flow::to(from.other().host(V4))
-        };
-        flow.start(topology.host(from), topology.host(from.other()))
-    };
-    Ok([start(Side::A)?, start(Side::B)?])
-}
-
 /// Ends the flows and holds their losses against what `moves` may cost.
-fn cut(flows: [Running; 2], moves: u64) -> anyhow::Result<()> {
-    let [a, b] = flows;
-    let reports = [a.cut()?, b.cut()?];
+fn cut(flows: Flows, moves: u64) -> anyhow::Result<()> {
+    let reports = flows.cut()?;
     let lost = |report: &FlowReport| report.sent - report.received;
     tell([lost(&reports[0]), lost(&reports[1])]);
     for report in reports {
@@ -118,7 +105,7 @@ fn either_side_moves_under_traffic_and_keeps_its_sas() -> anyhow::Result<()> {
         a.shown_status()?
     );
     let before = sas([&a, &b])?;
-    let flows = flows(&topology)?;
+    let flows = Flows::at(&topology, RATE)?;
     let at_a = renumber(&topology, Side::A)?;
     wait_at(&a, at_a, Side::B.outside(V4))?;
     wait_at(&b, Side::B.outside(V4), at_a)?;
@@ -217,7 +204,7 @@ fn we_move_and_strongswan_follows() -> anyhow::Result<()> {
     let gateway = Gateway::start(&topology.gateway_a, &[ours(Side::A)])?;
     gateway.wait_up("site", PATIENCE)?;
     let before = gateway.spis("site")?.0;
-    let flows = flows(&topology)?;
+    let flows = Flows::at(&topology, RATE)?;
     let new = renumber(&topology, Side::A)?;
     wait_at(&gateway, new, Side::B.outside(V4))?;
     swan.wait_sas("our new address", PATIENCE, |sas| {

@@ -14,7 +14,7 @@ use ipsec_tests::{
     command::wait_for,
     gateway::{Gateway, Tunnel},
     injection::{injected, through},
-    kernel_esp::{self, heals},
+    kernel_esp::{self, goes_down_and_comes_up, heals},
     pair::{PATIENCE, conversation, ends, hosts_are_apart, hosts_talk, start, stop_and_release},
     ping::Ping,
     suite::{self, Need::*},
@@ -73,8 +73,7 @@ fn policies_alone_carry_a_tunnel_without_a_device_and_without_routes() -> anyhow
         let tunnel = gateway.tunnel("site")?;
         ensure!(tunnel.device == "none, policies alone (configured)");
         ensure!(tunnel.mtu.is_none(), "{:?}", tunnel.mtu);
-        for direction in [tunnel.children[0].inbound, tunnel.children[0].outbound] {
-            let direction = direction.context("an SA is missing in status")?;
+        for direction in gateway.directions("site")? {
             ensure!(direction.offload == Offload::Policies(PoliciesReason::Configured));
             ensure!(direction.slow.packets > 0, "{direction:?}");
         }
@@ -209,15 +208,7 @@ fn esp_in_udp_and_the_ike_beside_it_pass_the_policies() -> anyhow::Result<()> {
         b.children[0].local.push(peer.to_string());
         let (a, b) = start(&topology, a, b)?;
         let carried = conversation(&topology, family)?;
-        b.down("site")?;
-        a.wait("site", "down at the peer's wish", PATIENCE, |tunnel| {
-            tunnel.state != State::Up
-        })?;
-        b.up("site")?;
-        a.up("site")?;
-        for gateway in [&a, &b] {
-            gateway.wait_up("site", PATIENCE)?;
-        }
+        goes_down_and_comes_up(&a, &b)?;
         heals_by(&topology, family)?;
         capture.stop().is_sealed(carried, true)?;
     }
@@ -408,9 +399,7 @@ fn the_kernels_esp_carries_by_policies_alone_where_there_are_no_xfrm_interfaces(
 
 fn is_carried(gateway: &Gateway<'_>, offload: Offload) -> anyhow::Result<()> {
     gateway.wait_up("site", PATIENCE)?;
-    let tunnel = gateway.tunnel("site")?;
-    for direction in [tunnel.children[0].inbound, tunnel.children[0].outbound] {
-        let direction = direction.context("an SA is missing in status")?;
+    for direction in gateway.directions("site")? {
         ensure!(direction.offload == offload, "{direction:?}");
     }
     Ok(())

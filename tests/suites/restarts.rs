@@ -10,11 +10,10 @@ use ipsec_tests::{
     command::wait_for,
     gateway::{Gateway, Tunnel},
     hops::Hops,
-    pair::{PATIENCE, hosts_are_apart, hosts_talk, start, start_default},
+    pair::{Flows, PATIENCE, hosts_are_apart, hosts_talk, start, start_default},
     strongswan::{Connection, StrongSwan},
     suite::{self, Need::*},
     topology::{Family, Options, Side, Topology},
-    udp::{Flow, Running},
 };
 
 fn main() -> ExitCode {
@@ -38,19 +37,6 @@ const V4: Family = Family::V4;
 const GONE: &str = "the daemon has gone; packets go on";
 /// Packets a second of each flow.
 const RATE: u32 = 1000;
-
-/// Flows of numbered packets each way, until they are cut.
-fn flows(topology: &Topology, rate: u32) -> anyhow::Result<[Running; 2]> {
-    let start = |from: Side| {
-        let flow = Flow {
-            rate: Some(rate),
-            time: Duration::from_secs(3600),
-            ..Flow::to(from.other().host(V4))
-        };
-        flow.start(topology.host(from), topology.host(from.other()))
-    };
-    Ok([start(Side::A)?, start(Side::B)?])
-}
 
 /// All that tells one SA of a gateway from another: SPIs of IKE and of ESP.
 fn sas(gateway: &Gateway<'_>) -> anyhow::Result<BTreeSet<String>> {
@@ -84,7 +70,7 @@ fn daemons_are_killed_at(rate: u32) -> anyhow::Result<()> {
     let planes = [a.data_plane(), b.data_plane()];
     ensure!(planes.iter().all(Option::is_some), "{planes:?}");
     let capture = Capture::start(&topology.router)?;
-    let flows = flows(&topology, rate)?;
+    let flows = Flows::at(&topology, rate)?;
     for gateway in [&mut a, &mut b] {
         gateway.kill()?;
         gateway.run()?;
@@ -98,8 +84,7 @@ fn daemons_are_killed_at(rate: u32) -> anyhow::Result<()> {
     for gateway in [&a, &b] {
         gateway.wait_up("site", PATIENCE)?;
     }
-    for flow in flows {
-        let report = flow.cut()?;
+    for report in flows.cut()? {
         report.is_perfect()?;
         ensure!(report.reordered == 0, "{report}");
     }
@@ -116,13 +101,11 @@ fn a_daemon_that_leaves_its_tunnels_finds_them_again() -> anyhow::Result<()> {
     let (mut a, b) = start_default(&topology)?;
     hosts_talk(&topology, V4)?;
     let before = sas(&a)?;
-    let flows = flows(&topology, RATE)?;
+    let flows = Flows::at(&topology, RATE)?;
     a.leave()?;
     a.run()?;
     a.wait_up("site", PATIENCE)?;
-    for flow in flows {
-        flow.cut()?.is_perfect()?;
-    }
+    flows.are_perfect()?;
     ensure!(sas(&a)? == before && sas(&b)? == before, "{}", a.log(40));
     // A data plane of another version would be replaced now. It goes on where the one before it was.
     a.leave()?;
@@ -210,20 +193,14 @@ fn an_upgrade_replaces_the_data_plane_and_keeps_the_sas() -> anyhow::Result<()> 
     hosts_talk(&topology, V4)?;
     let before = sas(&a)?;
     let capture = Capture::start(&topology.router)?;
-    let flows = flows(&topology, RATE)?;
+    let flows = Flows::at(&topology, RATE)?;
     let plane = a.data_plane().context("no data plane runs")?;
     upgrade(&mut a, |_| Ok(()))?;
     a.wait_up("site", PATIENCE)?;
     wait_for("the tunnel to carry again", PATIENCE, || {
         hosts_talk(&topology, V4).map(Some)
     })?;
-    for flow in flows {
-        let report = flow.cut()?;
-        ensure!(
-            report.lost() < RATE.into() && report.duplicated == 0,
-            "{report}"
-        );
-    }
+    flows.lose_less_than(RATE)?;
     ensure!(sas(&a)? == before && sas(&b)? == before, "{}", a.log(40));
     ensure!(
         a.data_plane().is_some_and(|now| now != plane),
@@ -272,7 +249,7 @@ fn an_upgrade_that_cannot_read_the_journal_negotiates_anew_and_leaks_nothing() -
         let (mut a, mut b) = start(&topology, end(Side::A), end(Side::B).respond())?;
         let before = sas(&a)?;
         let capture = Capture::start(&topology.router)?;
-        let flows = flows(&topology, RATE)?;
+        let flows = Flows::at(&topology, RATE)?;
         let gateway = match upgraded {
             Side::A => &mut a,
             Side::B => &mut b,
@@ -292,8 +269,7 @@ fn an_upgrade_that_cannot_read_the_journal_negotiates_anew_and_leaks_nothing() -
         wait_for("the tunnel to carry again", PATIENCE, || {
             hosts_talk(&topology, V4).map(Some)
         })?;
-        for flow in flows {
-            let report = flow.cut()?;
+        for report in flows.cut()? {
             ensure!(report.duplicated + report.damaged == 0, "{report}");
         }
         capture.stop().is_clean()?;
@@ -327,13 +303,13 @@ fn strongswan_notices_no_restart_of_our_daemon_in_either_role() -> anyhow::Resul
         hosts_talk(&topology, V4)?;
         let before = sas(&gateway)?;
         let hops = Hops::count(&topology)?;
-        let [out, back] = flows(&topology, RATE)?;
+        let flows = Flows::at(&topology, RATE)?;
         for _ in 0..3 {
             gateway.kill()?;
             gateway.run()?;
             gateway.wait_up("site", PATIENCE)?;
         }
-        let (out, back) = (out.cut()?, back.cut()?);
+        let [out, back] = flows.cut()?;
         let (sealed, offered) = (hops.towards(Side::B)?, hops.towards(Side::A)?);
         ensure!(
             sealed == out.sent && offered == back.received && back.duplicated == 0,
@@ -365,7 +341,7 @@ fn a_data_plane_that_is_killed_is_back_within_a_second_with_the_same_sas() -> an
     hosts_talk(&topology, V4)?;
     let before = sas(&a)?;
     let capture = Capture::start(&topology.router)?;
-    let flows = flows(&topology, RATE)?;
+    let flows = Flows::at(&topology, RATE)?;
     let killed = a.data_plane().context("no data plane runs")?;
     a.kill_data_plane()?;
     wait_for("another data plane", PATIENCE, || {
@@ -375,14 +351,7 @@ fn a_data_plane_that_is_killed_is_back_within_a_second_with_the_same_sas() -> an
         hosts_talk(&topology, V4).map(|()| Some(()))
     })
     .with_context(|| format!("A:\n{}\nB:\n{}", a.log(40), b.log(40)))?;
-    for flow in flows {
-        let report = flow.cut()?;
-        // At a known rate the number of packets that are lost tells how long the gap was.
-        ensure!(
-            report.lost() < RATE.into() && report.duplicated == 0,
-            "{report}"
-        );
-    }
+    flows.lose_less_than(RATE)?;
     ensure!(sas(&a)? == before, "other SAs than before\n{}", a.log(40));
     capture.stop().is_clean()
 }

@@ -1,8 +1,9 @@
 //! Both engines on one gateway: tunnels of each at once, and tunnels that go from one to the other whatever dies meanwhile.
 
-use std::{net::IpAddr, process::ExitCode, time::Duration};
+use std::{net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, ensure};
+use ipsec_ctl::api::model::DeviceChanged;
 use ipsec_tests::{
     branches::{self, OTHER},
     capture::Capture,
@@ -18,7 +19,7 @@ use ipsec_tests::{
     ping::Ping,
     suite::{self, Need::*},
     topology::{Family, Options, Side, Topology},
-    udp::{Flow, FlowReport},
+    udp::Flow,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -148,6 +149,23 @@ fn peers_behind_nats_are_carried_by_either_engine_at_once_and_followed() -> anyh
     capture.stop().is_clean()
 }
 
+/// Waits until gateway A's tunnel has another device than that of this index, and the old one is gone.
+fn has_changed_engine(
+    topology: &Topology,
+    gateway: &Gateway<'_>,
+    before: u32,
+) -> anyhow::Result<DeviceChanged> {
+    let moved = gateway.wait("site", "with the other engine", PATIENCE, |tunnel| {
+        let changed = tunnel.device_changed;
+        changed.is_some_and(|changed| changed.from == before)
+    })?;
+    wait_for("the old device to go", PATIENCE, || {
+        let links = topology.gateway_a.ip("-o link show")?;
+        Ok((!links.contains("ipsec")).then_some(()))
+    })?;
+    moved.device_changed.context("no other index")
+}
+
 /// Has a tunnel moved by `how` while packets flow, and waits until nothing of it is with the engine that it was with.
 fn changes_engine(
     topology: &Topology,
@@ -157,16 +175,8 @@ fn changes_engine(
     let before = index_of(&topology.gateway_a, "site")?;
     let flows = Flows::start(topology)?;
     how()?;
-    let moved = gateway.wait("site", "with the other engine", PATIENCE, |tunnel| {
-        let changed = tunnel.device_changed;
-        changed.is_some_and(|changed| changed.from == before)
-    })?;
-    wait_for("the old device to go", PATIENCE, || {
-        let links = topology.gateway_a.ip("-o link show")?;
-        Ok((!links.contains("ipsec")).then_some(()))
-    })?;
+    let changed = has_changed_engine(topology, gateway, before)?;
     flows.are_perfect()?;
-    let changed = moved.device_changed.context("no other index")?;
     ensure!(
         index_of(&topology.gateway_a, "site")? == changed.to,
         "{changed:?}"
@@ -440,28 +450,10 @@ fn a_tunnel_behind_a_nat_moves_and_loses_little() -> anyhow::Result<()> {
         hosts_talk(&topology, V4)?;
         for engine in ["kernel", "xdp", "kernel"] {
             let before = index_of(&topology.gateway_a, "site")?;
-            let flow = |from: Side| {
-                let flow = Flow {
-                    rate: Some(RATE),
-                    time: Duration::from_secs(60),
-                    ..Flow::to(from.other().host(V4))
-                };
-                flow.start(topology.host(from), topology.host(from.other()))
-            };
-            let flows = [flow(Side::A)?, flow(Side::B)?];
+            let flows = Flows::at(&topology, RATE)?;
             a.move_to("site", engine)?;
-            a.wait("site", "with the other engine", PATIENCE, |tunnel| {
-                let changed = tunnel.device_changed;
-                changed.is_some_and(|changed| changed.from == before)
-            })?;
-            wait_for("the old device to go", PATIENCE, || {
-                let links = topology.gateway_a.ip("-o link show")?;
-                Ok((!links.contains("ipsec")).then_some(()))
-            })?;
-            let [out, back]: [FlowReport; 2] = {
-                let [out, back] = flows;
-                [out.cut()?, back.cut()?]
-            };
+            has_changed_engine(&topology, &a, before)?;
+            let [out, back] = flows.cut()?;
             eprintln!("fast path {fast_path}, to {engine}: out {out}; back {back}");
             for report in [out, back] {
                 ensure!(

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     dataplane::{
         routing::RoutesMode,
-        seam::{Df, EngineChoice, FastPath, Mode, NicOffload},
+        seam::{Df, EngineChoice, FastPath, Mode, NicOffload, SelectorPair},
     },
     ike::{
         Identity,
@@ -165,6 +165,16 @@ pub struct Child {
     pub lifetime_packets: Option<u64>,
     /// Anti-replay window in packets; 0 is off.
     pub replay_window: u32,
+}
+
+impl Child {
+    /// Both sides of its traffic.
+    pub fn selectors(&self) -> SelectorPair {
+        SelectorPair {
+            local: self.local.clone(),
+            remote: self.remote.clone(),
+        }
+    }
 }
 
 /// Where the peer is.

@@ -53,10 +53,7 @@ pub(super) fn tunnel_spec(
             .map(|(number, child)| ChildTrap {
                 id: ChildId(number),
                 name: child.name.clone(),
-                selectors: SelectorPair {
-                    local: child.local.clone(),
-                    remote: child.remote.clone(),
-                },
+                selectors: child.selectors(),
                 on_demand: is_on_demand(tunnel, child),
             })
             .collect(),

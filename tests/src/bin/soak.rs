@@ -259,11 +259,8 @@ fn round(
 /// Both ends use the same pair of SAs, each other's way round.
 fn agree(a: &Gateway<'_>, b: &Gateway<'_>) -> anyhow::Result<()> {
     let spis = |gateway: &Gateway<'_>| {
-        let child = &gateway.tunnel("site")?.children[0];
-        let spi = |direction: Option<ipsec_ctl::api::model::Direction>| {
-            anyhow::Ok(direction.context("no SA")?.spi)
-        };
-        anyhow::Ok((spi(child.inbound)?, spi(child.outbound)?))
+        let [inbound, outbound] = gateway.directions("site")?;
+        anyhow::Ok((inbound.spi, outbound.spi))
     };
     // A rekeying may be under way.
     ipsec_tests::command::wait_for("both ends to agree", RECOVERY, || {

@@ -19,7 +19,7 @@ use crate::{
             host,
             selectors::{Inexpressible, between},
         },
-        seam::{EngineChoice, Mode, SelectorPair},
+        seam::{EngineChoice, Mode},
     },
     net::xfrm::Selector,
 };
@@ -67,7 +67,7 @@ pub(super) fn policy_based(
         }
     }
     for child in children {
-        match host::is_ambiguous(&pair(child)) {
+        match host::is_ambiguous(&child.selectors()) {
             Ok(false) => {}
             Ok(true) => problems.add(
                 Problem::new(format!(
@@ -89,13 +89,6 @@ fn unspeakable(child: &Child, error: Inexpressible, place: Range<usize>) -> Prob
         child.name
     ))
     .at(place, "the kernel has no words for them")
-}
-
-fn pair(child: &Child) -> SelectorPair {
-    SelectorPair {
-        local: child.local.clone(),
-        remote: child.remote.clone(),
-    }
 }
 
 /// Finds tunnels without a device whose packets the kernel would have to give to another one, too.
@@ -146,21 +139,12 @@ pub(super) fn shadowed(tunnels: &[Tunnel], spans: &[Range<usize>], problems: &mu
     }
 }
 
+fn remotes(tunnel: &Tunnel) -> impl Iterator<Item = &TrafficSelector> {
+    tunnel.children.iter().flat_map(|child| &child.remote)
+}
+
 fn remotes_overlap(one: &Tunnel, other: &Tunnel) -> bool {
-    let overlap = |a: &TrafficSelector, b: &TrafficSelector| {
-        a.addresses.0.is_ipv4() == b.addresses.0.is_ipv4()
-            && a.addresses.0 <= b.addresses.1
-            && b.addresses.0 <= a.addresses.1
-    };
-    let remotes = |tunnel: &'_ Tunnel| {
-        let children = tunnel.children.iter();
-        children
-            .flat_map(|child| child.remote.clone())
-            .collect::<Vec<_>>()
-    };
-    let others = remotes(other);
-    let mut remotes = remotes(one).into_iter();
-    remotes.any(|remote| others.iter().any(|against| overlap(&remote, against)))
+    remotes(one).any(|remote| remotes(other).any(|other| remote.shares_addresses(other)))
 }
 
 #[cfg(test)]

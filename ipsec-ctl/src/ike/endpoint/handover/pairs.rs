@@ -58,11 +58,11 @@ impl Pair {
 
     /// Whether some address of the peer's side belongs to both.
     fn shares_traffic(&self, other: &Self) -> bool {
-        self.remote.iter().any(|one| {
-            other.remote.iter().any(|other| {
-                one.addresses.0 <= other.addresses.1 && other.addresses.0 <= one.addresses.1
-            })
-        })
+        let shares = |one: &TrafficSelector| {
+            let mut others = other.remote.iter();
+            others.any(|other| one.shares_addresses(other))
+        };
+        self.remote.iter().any(shares)
     }
 }
 
