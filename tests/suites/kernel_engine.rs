@@ -16,6 +16,7 @@ use ipsec_tests::{
     command::wait_for,
     gateway::{Gateway, Tunnel},
     kernel_esp::{self, goes_down_and_comes_up, heals},
+    many::Many,
     pair::{Flows, PATIENCE, conversation, ends, hosts_talk, start, stop_and_release},
     ping::Ping,
     strongswan::{Connection, StrongSwan},
@@ -52,7 +53,17 @@ fn main() -> ExitCode {
         [XfrmInterfaces] what_the_kernel_drops_is_counted_under_our_names,
         [XfrmInterfaces] daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost,
         [XfrmInterfaces] long packets_go_on_in_the_kernel_while_nothing_of_ours_runs,
+        [XfrmInterfaces] long a_thousand_tunnels_come_up,
     ])
+}
+
+fn a_thousand_tunnels_come_up() -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let many = Many::start(&topology, "kernel", |_, _| ())?;
+    eprintln!("{}", many.set_up());
+    eprintln!("{}", many.pings()?);
+    eprintln!("{}", many.memory()?);
+    Ok(())
 }
 
 const V4: Family = Family::V4;

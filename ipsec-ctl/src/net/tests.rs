@@ -7,6 +7,7 @@ use nix::sched::{CloneFlags, unshare};
 use super::{
     netlink::{Netlink, Route, Rule, Service, Target},
     tun::Tun,
+    watch::{Fallen, fallen_links},
 };
 
 /// Runs a test in a fresh network namespace. Without root there is none to be had, and the test says so.
@@ -156,6 +157,21 @@ fn changes_are_noticed() {
         while seen.len() < 3 {
             seen.insert(changes.recv().await.unwrap());
         }
+    });
+}
+
+#[test]
+fn links_that_go_down_or_away_are_noticed() {
+    in_namespace(async || {
+        let netlink = Netlink::open().unwrap();
+        let (_tun, index) = device(&netlink, "ipx0", "10.9.0.1/24").await;
+        let link = netlink.link_at(index).await.unwrap();
+        assert_eq!(link, netlink.link("ipx0").await.unwrap());
+        let mut fallen = fallen_links().unwrap();
+        netlink.set_mtu(index, 1300).await.unwrap();
+        netlink.remove_link(index).await.unwrap();
+        assert_eq!(fallen.recv().await, Some(Fallen::Link(index)));
+        assert_eq!(netlink.link_at(index).await.unwrap(), None);
     });
 }
 

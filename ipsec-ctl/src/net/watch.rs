@@ -2,7 +2,7 @@
 
 use futures_util::StreamExt;
 use netlink_packet_core::NetlinkPayload;
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use rtnetlink::MulticastGroup;
 use tokio::sync::mpsc;
 
@@ -39,11 +39,61 @@ pub fn start() -> std::io::Result<mpsc::Receiver<Change>> {
     tokio::spawn(connection);
     tokio::spawn(async move {
         while let Some((message, _)) = messages.next().await {
-            let NetlinkPayload::InnerMessage(inner) = message.payload else {
-                continue;
-            };
-            let Some(change) = kind(&inner) else { continue };
-            if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(change) {
+            for change in changes(&message.payload) {
+                if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(*change) {
+                    return;
+                }
+            }
+        }
+    });
+    Ok(receiver)
+}
+
+fn changes(payload: &NetlinkPayload<RouteNetlinkMessage>) -> &'static [Change] {
+    let message = match payload {
+        NetlinkPayload::InnerMessage(message) => message,
+        // What was lost may have been any of them.
+        NetlinkPayload::Overrun(_) => return &[Change::Link, Change::Address, Change::Route],
+        _ => return &[],
+    };
+    match message {
+        RouteNetlinkMessage::NewLink(_) | RouteNetlinkMessage::DelLink(_) => &[Change::Link],
+        RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => {
+            &[Change::Address]
+        }
+        RouteNetlinkMessage::NewRoute(_)
+        | RouteNetlinkMessage::DelRoute(_)
+        | RouteNetlinkMessage::NewRule(_)
+        | RouteNetlinkMessage::DelRule(_) => &[Change::Route],
+        _ => &[],
+    }
+}
+
+/// What tells that a link does not carry packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallen {
+    /// The link with this index is down or gone, or was when it was told.
+    Link(u32),
+    /// Notifications were lost: any link may be.
+    Any,
+}
+
+/// Watches the links of the network namespace that the caller is in for those that are down or gone, until the receiver is
+/// dropped. Of a thousand links that come up one after the other nobody needs to list all again and again.
+///
+/// # Errors
+///
+/// Those of the socket.
+pub fn fallen_links() -> std::io::Result<mpsc::UnboundedReceiver<Fallen>> {
+    let (connection, _, mut messages) =
+        rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
+    let (sender, receiver) = mpsc::unbounded_channel();
+    tokio::spawn(connection);
+    tokio::spawn(async move {
+        while let Some((message, _)) = messages.next().await {
+            if let Some(fallen) = fallen(&message.payload)
+                && sender.send(fallen).is_err()
+            {
                 return;
             }
         }
@@ -51,16 +101,28 @@ pub fn start() -> std::io::Result<mpsc::Receiver<Change>> {
     Ok(receiver)
 }
 
-fn kind(message: &RouteNetlinkMessage) -> Option<Change> {
-    match message {
-        RouteNetlinkMessage::NewLink(_) | RouteNetlinkMessage::DelLink(_) => Some(Change::Link),
-        RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => {
-            Some(Change::Address)
+fn fallen(payload: &NetlinkPayload<RouteNetlinkMessage>) -> Option<Fallen> {
+    match payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+            let up = link.header.flags.contains(LinkFlags::Up);
+            (!up).then_some(Fallen::Link(link.header.index))
         }
-        RouteNetlinkMessage::NewRoute(_)
-        | RouteNetlinkMessage::DelRoute(_)
-        | RouteNetlinkMessage::NewRule(_)
-        | RouteNetlinkMessage::DelRule(_) => Some(Change::Route),
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
+            Some(Fallen::Link(link.header.index))
+        }
+        NetlinkPayload::Overrun(_) => Some(Fallen::Any),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_lost_may_have_been_anything() {
+        let overrun = NetlinkPayload::Overrun(Vec::new());
+        assert_eq!(changes(&overrun).len(), 3);
+        assert_eq!(fallen(&overrun), Some(Fallen::Any));
     }
 }

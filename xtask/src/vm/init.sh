@@ -1,6 +1,8 @@
 #!/bin/bash
 # The first process of the guest. The root is the host's, read-only; whatever is written to is new and empty here.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 TERM=dumb
+# In user-mode Linux a page fault takes 0.1 ms: what programs have given back to their allocator stays with them.
+export MALLOC_TRIM_THRESHOLD_=134217728 MALLOC_TOP_PAD_=1048576 MALLOC_MMAP_THRESHOLD_=33554432
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null

@@ -1,6 +1,8 @@
 //! The engine as its neighbours know it: commands, events and counters in front of states, policies and interfaces.
 
 mod card;
+mod doubts;
+mod former;
 mod place;
 mod repair;
 mod resume;
@@ -16,12 +18,18 @@ use std::{
 };
 
 use tokio::{
-    sync::{Mutex, Notify},
+    sync::{Mutex, mpsc::UnboundedReceiver},
     task::JoinHandle,
-    time::sleep,
+    time::{Instant, sleep_until},
 };
 
-use self::{sa::Sa, shared::Shared, tunnel::Tunnel};
+use self::{
+    doubts::{Doubt, Doubts},
+    former::Former,
+    sa::Sa,
+    shared::Shared,
+    tunnel::Tunnel,
+};
 use super::{
     capabilities::{Capabilities, Incapable},
     encap::Sockets,
@@ -39,7 +47,7 @@ use crate::{
     net::{
         netfilter,
         netlink::{Netlink, NetlinkError},
-        watch,
+        watch::{self, Fallen},
         xfrm::{Notice, Policy, PortMask, StateId, StateStatus, Watch, Xfrm},
     },
 };
@@ -56,6 +64,11 @@ const LAST_REQID: u32 = 0x4fff_ffff;
 const NO_IF_ID: u32 = 0;
 /// After a change the kernel often reports more of them: they are seen to together.
 const SETTLE: Duration = Duration::from_millis(50);
+/// With many tunnels a look at all of them takes long, and nothing can be installed meanwhile: so many times as long as it took
+/// there is no other,
+const IDLE_SHARE: u32 = 4;
+/// but not longer than this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Whether a number is one of ours.
 fn is_ours(if_id: u32) -> bool {
@@ -89,7 +102,8 @@ pub enum StartError {
 /// A running engine.
 pub struct Engine {
     inner: Arc<Inner>,
-    keeper: JoinHandle<()>,
+    /// What listens to the kernel, and what repairs.
+    keepers: [JoinHandle<()>; 2],
 }
 
 struct Inner {
@@ -100,8 +114,8 @@ struct Inner {
     lodge: Lodge,
     capabilities: Capabilities,
     state: Mutex<Everything>,
-    /// Asks the keeper to compare what is there with what should be.
-    dirty: Notify,
+    /// What is to be compared with what should be.
+    doubts: Doubts,
 }
 
 /// What commands change, one at a time.
@@ -115,8 +129,8 @@ struct Everything {
     sas: BTreeMap<SaId, Sa>,
     sockets: Sockets,
     next_reqid: u32,
-    /// Numbers that interfaces had before we came.
-    taken: Option<BTreeSet<u32>>,
+    /// What was there before we came.
+    former: Former,
     /// Whether all tunnels are known, so that what none of them has is a leftover.
     complete: bool,
 }
@@ -126,6 +140,32 @@ impl Everything {
     fn new_reqid(&mut self) -> u32 {
         self.next_reqid += 1;
         FIRST_REQID + self.next_reqid
+    }
+
+    /// Whether a policy of ours is there that none of our tunnels wants as it is.
+    fn is_strange(&self, policy: &Policy) -> bool {
+        if host::is_ours(policy) {
+            return !self.shared.has(policy);
+        }
+        let tunnel = self.with_number(policy.if_id);
+        tunnel.is_some_and(|tunnel| !tunnel.policies.contains(policy))
+    }
+
+    /// Whether one of our tunnels wants a policy that is gone.
+    fn misses(&self, policy: &Policy) -> bool {
+        if host::is_ours(policy) {
+            return self.shared.has(policy);
+        }
+        let tunnel = self.with_number(policy.if_id);
+        tunnel.is_some_and(|tunnel| {
+            let mut wanted = tunnel.policies.iter();
+            wanted.any(|wanted| wanted.key() == policy.key())
+        })
+    }
+
+    fn with_number(&self, if_id: u32) -> Option<&Tunnel> {
+        let mut tunnels = self.tunnels.values();
+        tunnels.find(|tunnel| tunnel.has_device() && tunnel.if_id == if_id)
     }
 }
 
@@ -142,12 +182,14 @@ impl Engine {
         // Before there are policies that IKE would meet.
         lodge.pass_policies().map_err(StartError::Sockets)?;
         let mut everything = Everything::default();
-        let left = xfrm
-            .policies()
-            .map_err(|error| StartError::Watch(io::Error::other(error)))?;
-        everything.shared.note(&left);
+        let failed = |error| StartError::Watch(io::Error::other(error));
+        let policies = xfrm.policies().map_err(failed)?;
+        let states = xfrm.states().map_err(failed)?;
+        everything.shared.note(&policies);
+        let former = Former::list(&netlink, &policies, &states).await;
+        everything.former = former.map_err(failed)?;
         let notices = Watch::start().map_err(StartError::Watch)?;
-        let changes = watch::start().map_err(StartError::Watch)?;
+        let fallen = watch::fallen_links().map_err(StartError::Watch)?;
         let inner = Arc::new(Inner {
             since: monotonic_seconds(),
             xfrm,
@@ -155,10 +197,13 @@ impl Engine {
             lodge,
             capabilities,
             state: Mutex::new(everything),
-            dirty: Notify::new(),
+            doubts: Doubts::default(),
         });
-        let keeper = tokio::spawn(keep(Arc::clone(&inner), notices, changes));
-        Ok(Self { inner, keeper })
+        let keepers = [
+            tokio::spawn(listen(Arc::clone(&inner), notices, fallen)),
+            tokio::spawn(repair(Arc::clone(&inner))),
+        ];
+        Ok(Self { inner, keepers })
     }
 
     /// Whether the tunnel is this engine's.
@@ -209,7 +254,7 @@ impl Engine {
             Command::Configured => {
                 everything.complete = true;
                 inner.report_again(&everything);
-                inner.dirty.notify_one();
+                inner.doubts.raise(&[Doubt::Clamp, Doubt::Leftovers]);
                 Ok(None)
             }
             Command::RemoveTunnel(id) => inner
@@ -300,7 +345,9 @@ impl Engine {
 
     /// Stops watching. States, policies, interfaces and routes stay, so that nothing protected leaves in the clear.
     pub fn stop(self) {
-        self.keeper.abort();
+        for keeper in self.keepers {
+            keeper.abort();
+        }
     }
 }
 
@@ -357,28 +404,50 @@ impl Inner {
                     self.lodge.send(Event::PeerMoved { sa, remote: source });
                 }
             }
-            Notice::Removed => self.dirty.notify_one(),
-            Notice::PoliciesFlushed => {
-                // At once: what tunnels without a device protect is open until then.
-                self.restore_policies(all);
-                self.dirty.notify_one();
+            // What we have removed ourselves is not ours any more.
+            Notice::StateRemoved(id) => {
+                if sa_of(all, &id).is_some() {
+                    self.doubts.raise(&[Doubt::States]);
+                }
             }
+            Notice::StatesFlushed => self.doubts.raise(&[Doubt::States]),
+            Notice::PolicySet(policy) => {
+                if all.is_strange(&policy) {
+                    self.doubts.raise(&[Doubt::Policies]);
+                }
+            }
+            Notice::PolicyRemoved(policy) => {
+                if all.misses(&policy) {
+                    self.doubts.raise(&[Doubt::Policies]);
+                }
+            }
+            // At once: what tunnels without a device protect is open until then.
+            Notice::PoliciesFlushed => self.restore_policies(all),
             Notice::Overrun => {
                 tracing::warn!(
                     "notifications of the kernel's IPsec were lost: all of it is looked at"
                 );
-                self.dirty.notify_one();
+                self.doubts
+                    .raise(&[Doubt::States, Doubt::Policies, Doubt::Devices]);
             }
         }
     }
 }
 
+/// Sees to what is in doubt, until the engine stops.
+async fn repair(inner: Arc<Inner>) {
+    let mut not_before = Instant::now();
+    loop {
+        inner.doubts.wait().await;
+        sleep_until((Instant::now() + SETTLE).max(not_before)).await;
+        let start = Instant::now();
+        inner.repair(&inner.doubts.take()).await;
+        not_before = Instant::now() + (start.elapsed() * IDLE_SHARE).min(LONGEST_PAUSE);
+    }
+}
+
 /// Follows the kernel's notifications until the engine stops.
-async fn keep(
-    inner: Arc<Inner>,
-    mut notices: Watch,
-    mut changes: tokio::sync::mpsc::Receiver<watch::Change>,
-) {
+async fn listen(inner: Arc<Inner>, mut notices: Watch, mut fallen: UnboundedReceiver<Fallen>) {
     loop {
         tokio::select! {
             noticed = notices.next() => match noticed {
@@ -390,18 +459,14 @@ async fn keep(
                     return;
                 }
             },
-            change = changes.recv() => match change {
-                Some(watch::Change::Link) => inner.dirty.notify_one(),
-                Some(watch::Change::Address | watch::Change::Route) => {}
+            link = fallen.recv() => match link {
+                Some(Fallen::Link(index)) => inner.link_fell(index).await,
+                Some(Fallen::Any) => inner.doubts.raise(&[Doubt::Devices]),
                 None => {
                     tracing::error!("links are not watched any more");
                     return;
                 }
             },
-            () = inner.dirty.notified() => {
-                sleep(SETTLE).await;
-                inner.repair().await;
-            }
         }
     }
 }

@@ -1,14 +1,15 @@
 //! Links and their addresses.
 
-use std::net::IpAddr;
+use std::{future::ready, net::IpAddr};
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
+    AddressFamily,
     address::AddressAttribute,
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage},
 };
-use rtnetlink::LinkUnspec;
+use rtnetlink::{LinkGetRequest, LinkUnspec};
 
 use super::{Netlink, NetlinkError};
 
@@ -38,16 +39,23 @@ impl Netlink {
     ///
     /// [`NetlinkError`], as for all that follow.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
-        let failed = |error| NetlinkError::new("list links", &error);
-        let messages: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
+        self.list_links(|message| Some(link(message))).await
+    }
+
+    /// What is to be known of each link. Of many links the messages are long: their statistics are not asked for, and no
+    /// more than one is held at a time.
+    pub(in crate::net) async fn list_links<T>(
+        &self,
+        known: impl Fn(&LinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, NetlinkError> {
+        let links = self.handle.link().get();
+        links
+            .set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats])
             .execute()
+            .try_filter_map(|message| ready(Ok(known(&message))))
             .try_collect()
             .await
-            .map_err(failed)?;
-        Ok(messages.iter().map(link).collect())
+            .map_err(|error| NetlinkError::new("list links", &error))
     }
 
     /// The link of a name, if there is one.
@@ -56,22 +64,19 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn link(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
-        let found = self
-            .handle
-            .link()
-            .get()
-            .match_name(name.to_owned())
-            .execute()
-            .try_next()
-            .await
-            .map_err(|error| NetlinkError::new(format!("look {name} up"), &error));
-        match found {
-            Ok(message) => Ok(message.as_ref().map(link)),
-            Err(error) if error.is(libc::ENODEV) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let get = self.handle.link().get().match_name(name.to_owned());
+        found(get, name).await
     }
 
+    /// The link of an index, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`].
+    pub async fn link_at(&self, index: u32) -> Result<Option<Link>, NetlinkError> {
+        let get = self.handle.link().get().match_index(index);
+        found(get, &format!("link {index}")).await
+    }
     /// Sets a link up.
     ///
     /// # Errors
@@ -151,6 +156,16 @@ impl Netlink {
             .execute()
             .await
             .map_err(|error| NetlinkError::new(format!("add address {address}"), &error))
+    }
+}
+
+async fn found(get: LinkGetRequest, what: &str) -> Result<Option<Link>, NetlinkError> {
+    match get.execute().try_next().await {
+        Ok(message) => Ok(message.as_ref().map(link)),
+        Err(error) => match NetlinkError::new(format!("look {what} up"), &error) {
+            error if error.is(libc::ENODEV) => Ok(None),
+            error => Err(error),
+        },
     }
 }
 

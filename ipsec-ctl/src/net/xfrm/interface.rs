@@ -2,9 +2,8 @@
 
 use std::net::IpAddr;
 
-use futures_util::TryStreamExt;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoXfrm, LinkAttribute, LinkInfo, LinkMessage, LinkMode, State,
+    InfoData, InfoKind, InfoXfrm, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkMode, State,
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkXfrm};
 
@@ -19,6 +18,8 @@ pub struct XfrmInterface {
     pub name: String,
     /// What its policies and states have.
     pub if_id: u32,
+    /// Administratively up.
+    pub up: bool,
 }
 
 impl Netlink {
@@ -28,15 +29,7 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn xfrm_interfaces(&self) -> Result<Vec<XfrmInterface>, NetlinkError> {
-        let links: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|error| NetlinkError::new("list links", &error))?;
-        Ok(links.iter().filter_map(interface).collect())
+        self.list_links(interface).await
     }
 
     /// Creates an xfrm interface.
@@ -135,5 +128,6 @@ fn interface(message: &LinkMessage) -> Option<XfrmInterface> {
         index: message.header.index,
         name: name?,
         if_id,
+        up: message.header.flags.contains(LinkFlags::Up),
     })
 }

@@ -287,12 +287,26 @@ impl Policy {
 
     /// A policy that the kernel tells of; none if it is one that we could not have set.
     pub(super) fn of(message: &XfrmMessage) -> Option<Self> {
-        let XfrmMessage::AddPolicy(policy) = message else {
-            return None;
-        };
-        let info = &policy.user_policy_info;
+        match message {
+            XfrmMessage::AddPolicy(policy) | XfrmMessage::UpdatePolicy(policy) => {
+                Self::with(&policy.user_policy_info, &policy.nlas)
+            }
+            _ => None,
+        }
+    }
+
+    /// The policy that a notification says is gone; none if it is one that we could not have set.
+    pub(super) fn removed(message: &DelGetMessage) -> Option<Self> {
+        let info = message.nlas.iter().find_map(|attribute| match attribute {
+            XfrmAttrs::PolicyInfo(info) => Some(info),
+            _ => None,
+        })?;
+        Self::with(info, &message.nlas)
+    }
+
+    fn with(info: &UserPolicyInfo, attributes: &[XfrmAttrs]) -> Option<Self> {
         let (mut if_id, mut card, mut templates) = (0, None, &[] as &[UserTemplate]);
-        for attribute in &policy.nlas {
+        for attribute in attributes {
             match attribute {
                 XfrmAttrs::IfId(number) => if_id = *number,
                 XfrmAttrs::Template(list) => templates = list,

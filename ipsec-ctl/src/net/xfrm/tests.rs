@@ -218,7 +218,15 @@ fn a_policy_is_set_replaced_listed_and_removed() {
         xfrm.remove_policy(&first).unwrap();
         xfrm.remove_policy(&first).unwrap();
         assert_eq!(xfrm.policies().unwrap(), [second]);
-        assert_eq!(watch.next().await.unwrap(), [Notice::Removed]);
+        for notice in [
+            Notice::PolicySet(first),
+            Notice::PolicySet(second),
+            Notice::PolicySet(first),
+            Notice::PolicySet(blocked),
+            Notice::PolicyRemoved(blocked),
+        ] {
+            assert_eq!(watch.next().await.unwrap(), [notice]);
+        }
     });
 }
 

@@ -10,7 +10,7 @@ use netlink_sys::protocols::NETLINK_XFRM;
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr as NetlinkAddress, TokioSocket};
 use zeroize::Zeroizing;
 
-use super::{Selector, StateId, messages, parse, state::ip};
+use super::{Policy, Selector, StateId, messages, parse, state::ip};
 
 /// Receive buffer in bytes. Whatever does not fit is reported as [`Notice::Overrun`].
 const BUFFER: usize = 1 << 20;
@@ -39,8 +39,14 @@ pub enum Notice {
         /// Where it came from.
         source: SocketAddr,
     },
-    /// States or policies were removed, by us or by others: what is left is to be asked for.
-    Removed,
+    /// A state was removed, by us or by others.
+    StateRemoved(StateId),
+    /// All states were removed, by others.
+    StatesFlushed,
+    /// A policy was set, by us or by others.
+    PolicySet(Policy),
+    /// A policy was removed, by us or by others; its template is not told.
+    PolicyRemoved(Policy),
     /// All policies were removed, by others.
     PoliciesFlushed,
     /// Notifications were lost: everything is to be asked for.
@@ -133,9 +139,18 @@ fn notice(mut message: XfrmMessage) -> Option<Notice> {
                 source: SocketAddr::new(source, map.new_sport),
             })
         }
-        XfrmMessage::DeleteSa(_) | XfrmMessage::FlushSa(_) | XfrmMessage::DeletePolicy(_) => {
-            Some(Notice::Removed)
+        XfrmMessage::DeleteSa(message) => {
+            let id = &message.user_sa_id;
+            Some(Notice::StateRemoved(StateId {
+                destination: ip(id.family, &id.daddr)?,
+                spi: id.spi,
+            }))
         }
+        XfrmMessage::FlushSa(_) => Some(Notice::StatesFlushed),
+        XfrmMessage::AddPolicy(_) | XfrmMessage::UpdatePolicy(_) => {
+            Policy::of(&message).map(Notice::PolicySet)
+        }
+        XfrmMessage::DeletePolicy(message) => Policy::removed(message).map(Notice::PolicyRemoved),
         XfrmMessage::FlushPolicy(_) => Some(Notice::PoliciesFlushed),
         _ => None,
     };

@@ -1,10 +1,10 @@
 //! What others have removed is put back, and what a former life has left is taken away.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use super::{Everything, Inner, NO_IF_ID, is_our_state, is_ours, used};
+use super::{Everything, Inner, NO_IF_ID, doubts::Doubt, is_our_state, is_ours, used};
 use crate::{
-    dataplane::seam::{Event, LifetimeKind, Rejected, SaId, TunnelId},
+    dataplane::seam::{Event, LifetimeKind, SaId, TunnelId},
     net::{
         netfilter,
         xfrm::{Policy, StateId},
@@ -12,37 +12,23 @@ use crate::{
 };
 
 impl Inner {
-    /// The policies with a number that the kernel has.
-    pub(super) fn policies_of(&self, if_id: u32) -> Result<BTreeSet<Policy>, Rejected> {
-        let policies = self.xfrm.policies()?;
-        Ok(policies
-            .into_iter()
-            .filter(|policy| policy.if_id == if_id)
-            .collect())
-    }
-
-    /// Removes states with the number of a tunnel that are none of its SAs.
-    pub(super) fn remove_strange_states(&self, all: &Everything, if_id: u32) {
-        let Ok(states) = self.xfrm.states() else {
-            return;
-        };
-        let known: HashSet<StateId> = all.sas.values().map(|sa| sa.state).collect();
-        for state in states.iter().filter(|state| {
-            is_our_state(state) && state.if_id == if_id && !known.contains(&state.id)
-        }) {
-            let _ = self.xfrm.remove_state(&state.id);
+    /// Compares what the kernel has with what it should have, as far as that is in doubt.
+    pub(super) async fn repair(&self, doubts: &BTreeSet<Doubt>) {
+        if doubts.contains(&Doubt::Devices) {
+            self.restore_devices().await;
         }
-    }
-
-    /// Compares what the kernel has with what it should have.
-    pub(super) async fn repair(&self) {
         let mut everything = self.state.lock().await;
         let all = &mut *everything;
-        self.find_lost_states(all);
-        self.restore_policies(all);
-        self.restore_devices(all).await;
-        clamp(all);
-        if all.complete {
+        if doubts.contains(&Doubt::States) {
+            self.find_lost_states(all);
+        }
+        if doubts.contains(&Doubt::Policies) {
+            self.restore_policies(all);
+        }
+        if doubts.contains(&Doubt::Clamp) {
+            clamp(all);
+        }
+        if doubts.contains(&Doubt::Leftovers) && all.complete {
             self.remove_leftovers(all).await;
         }
     }
@@ -89,14 +75,17 @@ impl Inner {
                 tracing::warn!(%error, "policies cannot be put back");
             }
         }
+        let mut by_number: HashMap<u32, BTreeSet<Policy>> = HashMap::new();
+        for policy in policies {
+            by_number.entry(policy.if_id).or_default().insert(policy);
+        }
         let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
         for id in ids {
             let tunnel = all.tunnels.get_mut(&id);
             let Some(tunnel) = tunnel.filter(|tunnel| tunnel.has_device()) else {
                 continue;
             };
-            let own = policies.iter().filter(|one| one.if_id == tunnel.if_id);
-            let there: BTreeSet<Policy> = own.copied().collect();
+            let there = by_number.remove(&tunnel.if_id).unwrap_or_default();
             if there == tunnel.policies {
                 continue;
             }
@@ -112,45 +101,66 @@ impl Inner {
     }
 
     /// Sets devices up that are down, and creates those anew that are gone.
-    async fn restore_devices(&self, all: &mut Everything) {
-        let (Ok(links), Ok(interfaces)) = (
-            self.netlink.links().await,
-            self.netlink.xfrm_interfaces().await,
-        ) else {
-            return tracing::warn!("links cannot be listed");
+    async fn restore_devices(&self) {
+        // A list of many links takes long: meanwhile SAs are installed, and tunnels come and go.
+        let interfaces = match self.netlink.xfrm_interfaces().await {
+            Ok(interfaces) => interfaces.into_iter(),
+            Err(error) => return tracing::warn!(%error, "a tunnel whose device is down stays so"),
         };
-        let ids: Vec<TunnelId> = all.tunnels.keys().copied().collect();
-        for id in ids {
-            let Some(tunnel) = all.tunnels.get(&id).filter(|tunnel| tunnel.has_device()) else {
-                continue;
-            };
-            let there = interfaces
-                .iter()
-                .any(|one| one.index == tunnel.ifindex && one.if_id == tunnel.if_id);
-            let up = links
-                .iter()
-                .any(|link| link.index == tunnel.ifindex && link.up);
-            if there && up {
-                continue;
-            }
-            let (device, if_id) = (tunnel.spec.device.clone(), tunnel.if_id);
-            tracing::info!(tunnel = tunnel.spec.name, "the device was down or gone");
-            if !there {
-                if let Err(error) = self.netlink.add_xfrm_interface(&device, if_id).await {
-                    tracing::warn!(%error, "the device of a tunnel cannot be created");
-                    continue;
-                }
-                if let (Ok(Some(link)), Some(tunnel)) =
-                    (self.netlink.link(&device).await, all.tunnels.get_mut(&id))
-                {
-                    tunnel.ifindex = link.index;
-                }
-            }
-            if let Err(error) = self.bring_up(all, id).await {
-                tracing::warn!(%error, "the device of a tunnel cannot be set up");
-            }
-            self.fit_mtu(all, id).await;
+        let up: HashSet<(u32, u32)> = interfaces
+            .filter(|one| one.up)
+            .map(|one| (one.index, one.if_id))
+            .collect();
+        let mut everything = self.state.lock().await;
+        let all = &mut *everything;
+        let doubtful = all.tunnels.iter().filter(|(_, tunnel)| {
+            tunnel.has_device() && !up.contains(&(tunnel.ifindex, tunnel.if_id))
+        });
+        for id in doubtful.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.restore_device(all, id).await;
         }
+    }
+
+    /// Sees to a link that was down or gone, if it is a tunnel's.
+    pub(super) async fn link_fell(&self, index: u32) {
+        let mut everything = self.state.lock().await;
+        let mut tunnels = everything.tunnels.iter();
+        let of_it = tunnels.find(|(_, tunnel)| tunnel.has_device() && tunnel.ifindex == index);
+        if let Some(id) = of_it.map(|(id, _)| *id) {
+            self.restore_device(&mut everything, id).await;
+        }
+    }
+
+    /// Sets a device up that is down, and creates it anew if it is gone.
+    async fn restore_device(&self, all: &mut Everything, id: TunnelId) {
+        let Some(tunnel) = all.tunnels.get(&id) else {
+            return;
+        };
+        let (device, if_id) = (tunnel.spec.device.clone(), tunnel.if_id);
+        let link = match self.netlink.link_at(tunnel.ifindex).await {
+            Ok(link) => link,
+            Err(error) => {
+                return tracing::warn!(%error, "the device of a tunnel cannot be looked up");
+            }
+        };
+        if link.as_ref().is_some_and(|link| link.up) {
+            return;
+        }
+        tracing::info!(tunnel = tunnel.spec.name, "the device was down or gone");
+        if link.is_none() {
+            if let Err(error) = self.netlink.add_xfrm_interface(&device, if_id).await {
+                return tracing::warn!(%error, "the device of a tunnel cannot be created");
+            }
+            if let (Ok(Some(link)), Some(tunnel)) =
+                (self.netlink.link(&device).await, all.tunnels.get_mut(&id))
+            {
+                tunnel.ifindex = link.index;
+            }
+        }
+        if let Err(error) = self.bring_up(all, id).await {
+            tracing::warn!(%error, "the device of a tunnel cannot be set up");
+        }
+        self.fit_mtu(all, id).await;
     }
 
     /// Takes away what has a number of ours and belongs to no tunnel.

@@ -35,6 +35,11 @@ impl Shared {
         known
     }
 
+    /// Whether the kernel has this policy, as far as we know.
+    pub(super) fn has(&self, policy: &Policy) -> bool {
+        self.there.get(&policy.key()) == Some(policy)
+    }
+
     /// Whether another tunnel has packets that a tunnel wants to have, too. What stays in the clear may be the same.
     pub(super) fn is_taken(&self, tunnel: TunnelId, policies: &BTreeSet<Policy>) -> bool {
         let has = |policy: &Policy| policy.action != Action::Pass;

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID, is_ours,
+    Everything, FIRST_IF_ID, Inner, LAST_IF_ID, NO_IF_ID,
+    doubts::Doubt,
     sa::{mode, received},
     used,
 };
@@ -172,7 +173,9 @@ impl Inner {
         } else if is_new {
             // Those of a former life: nobody knows any more which SAs they were. After the policies that named them, for a
             // packet that meets a policy without its state makes the kernel ask for one.
-            self.remove_strange_states(all, if_id);
+            for state in all.former.take_states(if_id) {
+                let _ = self.xfrm.remove_state(&state);
+            }
         }
         self.bring_up(all, id).await?;
         self.fit_mtu(all, id).await;
@@ -185,37 +188,24 @@ impl Inner {
         all: &mut Everything,
         device: &str,
     ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
-        let mut used = used(all);
-        let link = self.netlink.link(device).await?;
-        match link.as_ref().and_then(|link| link.kind.as_deref()) {
-            Some("xfrm") => {
-                let interfaces = self.netlink.xfrm_interfaces().await?;
-                let left = interfaces.iter().find(|one| one.name == device);
-                if let Some(left) = left {
-                    if is_ours(left.if_id) && !used.contains(&left.if_id) {
-                        return Ok((left.if_id, self.policies_of(left.if_id)?));
+        let used = used(all);
+        if let Some(link) = self.netlink.link(device).await? {
+            let is_free = |(if_id, _): &(u32, _)| !used.contains(if_id);
+            match link.kind.as_deref() {
+                Some("xfrm") => {
+                    let left = all.former.take_over(device, link.index);
+                    if let Some(left) = left.filter(is_free) {
+                        return Ok(left);
                     }
-                    self.netlink.remove_link(left.index).await?;
+                    self.netlink.remove_link(link.index).await?;
                 }
+                // The tunnel was the other engine's.
+                Some("tun") => self.netlink.remove_link(link.index).await?,
+                Some(_) | None => {}
             }
-            // The tunnel was the other engine's.
-            Some("tun") => {
-                let index = link.map_or(0, |link| link.index);
-                self.netlink.remove_link(index).await?;
-            }
-            Some(_) | None => {}
         }
-        let taken = match all.taken.take() {
-            Some(taken) => taken,
-            None => {
-                let interfaces = self.netlink.xfrm_interfaces().await?;
-                interfaces.iter().map(|one| one.if_id).collect()
-            }
-        };
-        used.extend(&taken);
-        all.taken = Some(taken);
         let if_id = (FIRST_IF_ID..=LAST_IF_ID)
-            .find(|number| !used.contains(number))
+            .find(|number| !used.contains(number) && !all.former.has(*number))
             .ok_or(Rejected::Full)?;
         // Before there is an interface that they are for.
         let policies: BTreeSet<Policy> = backstops(if_id).into_iter().collect();
@@ -298,7 +288,7 @@ impl Inner {
         for policy in &tunnel.policies {
             self.xfrm.remove_policy(policy)?;
         }
-        self.dirty.notify_one();
+        self.doubts.raise(&[Doubt::Clamp, Doubt::Leftovers]);
         removed.map_err(Rejected::from)
     }
 
@@ -392,7 +382,7 @@ impl Inner {
         }
         let device = &tunnel.spec.device;
         if clamps != (all.clamped.get(device) == Some(&mtu)) {
-            self.dirty.notify_one();
+            self.doubts.raise(&[Doubt::Clamp]);
         }
     }
 }
