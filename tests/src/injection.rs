@@ -5,11 +5,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 use crate::{
+    gateway::Tunnel,
     netns::Netns,
-    topology::{Family, Side, Topology, attacker},
+    pair::{PATIENCE, hosts_talk, start},
+    topology::{Family, Options, Side, Topology, attacker},
 };
 
 /// How many of them.
@@ -67,4 +69,48 @@ pub fn through(topology: &Topology, from: IpAddr, all: bool) -> anyhow::Result<(
         "{arrived} of {PACKETS} from {from} got through"
     );
     Ok(())
+}
+
+/// Plaintext that pretends to come out of a tunnel with these further lines is refused: while it is up, after the daemon was
+/// killed, started again and stopped, and until the gateway is released.
+///
+/// # Errors
+///
+/// Something got through, or is not counted.
+pub fn is_refused_whatever_becomes_of_the_daemon(
+    lines: &str,
+    family: Family,
+) -> anyhow::Result<()> {
+    let topology = Topology::build(Options::default())?;
+    let (from, to) = (Side::B.host(family), Side::A.inside(family));
+    through(&topology, from, true).context("without a gateway")?;
+    let (mut a, _b) = start(
+        &topology,
+        Tunnel::between_sites(Side::A, family).with(lines),
+        Tunnel::between_sites(Side::B, family).with(lines).respond(),
+    )?;
+    through(&topology, from, false)?;
+    let arrived = injected(&topology, from, &topology.gateway_a, to)?;
+    ensure!(arrived == 0, "{arrived} reached the gateway itself");
+    ensure!(
+        a.counter("cleartext")? == u64::from(2 * PACKETS),
+        "{:?}",
+        a.counters()?
+    );
+    hosts_talk(&topology, family)?;
+    a.kill()?;
+    through(&topology, from, false).context("after kill -9")?;
+    a.run()?;
+    a.wait_up("site", PATIENCE)?;
+    through(&topology, from, false).context("after the restart")?;
+    ensure!(
+        a.counter("cleartext")? == u64::from(4 * PACKETS),
+        "{:?}",
+        a.counters()?
+    );
+    hosts_talk(&topology, family)?;
+    a.stop()?;
+    through(&topology, from, false).context("after the end")?;
+    a.release()?;
+    through(&topology, from, true).context("after release")
 }

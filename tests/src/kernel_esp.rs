@@ -10,6 +10,7 @@ use crate::{
     capture::Capture,
     command::wait_for,
     gateway::Gateway,
+    netns::Netns,
     pair::{PATIENCE, endless, ends, hosts_talk, start},
     ping::Ping,
     topology::{Family, Options, Side, Topology},
@@ -102,7 +103,32 @@ pub fn heals(topology: &Topology, what: &str) -> anyhow::Result<()> {
     })
 }
 
-/// What others flush is put back. A tunnel with a device loses that as well, and nothing is in the clear meanwhile.
+/// The policy that leads into the tunnel is put back when others remove it, and when they change it. Without a device what
+/// they make of it is theirs, and stays.
+fn a_policy_is_put_back(gateway: &Netns, has_device: bool) -> anyhow::Result<()> {
+    let selector = "src 10.1.0.0/24 dst 10.2.0.0/24 dir out";
+    let list = || gateway.ip(&format!("xfrm policy list {selector} nosock"));
+    let before = list()?;
+    ensure!(before.contains("tmpl"), "{before}");
+    let mut words = before
+        .split_whitespace()
+        .skip_while(|word| *word != "if_id");
+    let number = words.nth(1).map(|number| format!("if_id {number}"));
+    let number = number.unwrap_or_default();
+    let mut changes = vec![format!("delete {selector} {number}")];
+    if has_device {
+        changes.push(format!("update {selector} action block {number}"));
+    }
+    for change in changes {
+        gateway.ip(&format!("xfrm policy {change}"))?;
+        wait_for(&format!("{change} to be undone"), PATIENCE, || {
+            Ok((list()? == before).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// What others flush, change or remove is put back. A tunnel with a device loses that as well, and nothing is in the clear meanwhile.
 ///
 /// # Errors
 ///
@@ -117,6 +143,7 @@ pub fn what_others_flush_is_put_back(lines: &str, device: Option<&str>) -> anyho
         topology.gateway_a.ip(&format!("xfrm {what}"))?;
         heals(&topology, &format!("the tunnel to heal from {what}"))?;
     }
+    a_policy_is_put_back(&topology.gateway_a, device.is_some())?;
     if let Some(device) = device {
         topology.gateway_a.ip(&format!("link del {device}"))?;
         heals(&topology, "the tunnel to heal without its device")?;

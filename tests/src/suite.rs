@@ -30,6 +30,8 @@ pub enum Need {
     Namespaces,
     /// nftables, for the router's NAT and for firewalls.
     Nftables,
+    /// What the plaintext guard asks of nf_tables: the guest's kernel if it was built.
+    Guard,
     /// VLAN devices, which the guest has if it was built.
     Vlan,
     /// strongSwan with its userspace ESP.
@@ -71,6 +73,19 @@ impl Need {
             Self::Namespaces => absent(&["ip", "ethtool"], "iproute2 ethtool"),
             Self::Pace => (slower() > 1).then(|| "this machine is too slow for it".to_owned()),
             Self::Nftables => absent(&["nft"], "nftables"),
+            Self::Guard => Self::Nftables.lacks().or_else(|| {
+                let rule = format!(
+                    "add table inet {PROBE}; \
+                     add chain inet {PROBE} c {{ type filter hook prerouting priority 0; }}; \
+                     add rule inet {PROBE} c fib saddr oif 0 drop"
+                );
+                // The kernel is asked, and nothing is changed.
+                let asked = run("nft", &["--check", &rule]);
+                asked.err().map(|_| {
+                    "this kernel's nf_tables cannot ask for routes: `cargo xtask vm --build` makes a guest whose can"
+                        .to_owned()
+                })
+            }),
             Self::KernelEsp => {
                 let xfrm = Xfrm::open().map_err(|error| error.to_string());
                 let esp = xfrm.and_then(|xfrm| probe::esp(&xfrm, EspSuite::Aes128Gcm16));

@@ -15,6 +15,7 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
+    injection::is_refused_whatever_becomes_of_the_daemon,
     kernel_esp::{self, goes_down_and_comes_up, heals},
     many::Many,
     pair::{Flows, PATIENCE, conversation, ends, hosts_talk, start, stop_and_release},
@@ -53,8 +54,13 @@ fn main() -> ExitCode {
         [XfrmInterfaces] what_the_kernel_drops_is_counted_under_our_names,
         [XfrmInterfaces] daemons_that_are_killed_come_back_to_their_sas_and_no_packet_is_lost,
         [XfrmInterfaces] long packets_go_on_in_the_kernel_while_nothing_of_ours_runs,
+        [XfrmInterfaces, Guard] plaintext_is_refused_as_by_the_other_engine,
         [XfrmInterfaces] long a_thousand_tunnels_come_up,
     ])
+}
+
+fn plaintext_is_refused_as_by_the_other_engine() -> anyhow::Result<()> {
+    is_refused_whatever_becomes_of_the_daemon(KERNEL, V4)
 }
 
 fn a_thousand_tunnels_come_up() -> anyhow::Result<()> {

@@ -10,8 +10,8 @@ use anyhow::{Context, ensure};
 use ipsec_tests::{
     cases,
     gateway::{Gateway, Tunnel},
-    injection::{PACKETS, injected, through},
-    pair::{PATIENCE, hosts_talk, start, start_default},
+    injection::{PACKETS, injected, is_refused_whatever_becomes_of_the_daemon, through},
+    pair::{hosts_talk, start, start_default},
     suite::{self, Need::*},
     topology::{Family, Options, Side, Topology, attacker},
 };
@@ -45,39 +45,7 @@ fn within(patience: Duration, mut test: impl FnMut() -> anyhow::Result<()>) -> a
 fn plaintext_is_refused_before_and_after_the_daemon_was_killed_and_until_release()
 -> anyhow::Result<()> {
     for family in [V4, V6] {
-        let topology = Topology::build(Options::default())?;
-        let (from, to) = (Side::B.host(family), Side::A.inside(family));
-        through(&topology, from, true).context("without a gateway")?;
-        let (mut a, b) = start(
-            &topology,
-            Tunnel::between_sites(Side::A, family),
-            Tunnel::between_sites(Side::B, family).respond(),
-        )?;
-        through(&topology, from, false)?;
-        let arrived = injected(&topology, from, &topology.gateway_a, to)?;
-        ensure!(arrived == 0, "{arrived} reached the gateway itself");
-        ensure!(
-            a.counter("cleartext")? == u64::from(2 * PACKETS),
-            "{:?}",
-            a.counters()?
-        );
-        hosts_talk(&topology, family)?;
-        a.kill()?;
-        through(&topology, from, false).context("after kill -9")?;
-        a.run()?;
-        a.wait_up("site", PATIENCE)?;
-        through(&topology, from, false).context("after the restart")?;
-        ensure!(
-            a.counter("cleartext")? == u64::from(4 * PACKETS),
-            "{:?}",
-            a.counters()?
-        );
-        hosts_talk(&topology, family)?;
-        a.stop()?;
-        through(&topology, from, false).context("after the end")?;
-        a.release()?;
-        through(&topology, from, true).context("after release")?;
-        drop(b);
+        is_refused_whatever_becomes_of_the_daemon("engine = \"auto\"", family)?;
     }
     Ok(())
 }

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         [StrongSwan] a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not,
         [StrongSwan] a_frozen_strongswan_is_given_up_and_found_again,
         [StrongSwan] we_are_found_again_after_a_kill,
+        [StrongSwan] long a_strongswan_that_we_cannot_call_begins_the_fresh_ike_sa_that_we_ask_for,
         [StrongSwan, Nftables] a_nat_in_between_is_crossed_by_us,
         [StrongSwan, Nftables] a_nat_in_between_is_crossed_by_strongswan,
         [StrongSwan] a_nat_that_rebinds_under_traffic_is_followed_in_both_roles,
@@ -411,6 +412,27 @@ fn strongswan_killed_and_restarted_is_found_again() -> anyhow::Result<()> {
 }
 
 // RFC 7296 section 2.4: with INITIAL_CONTACT the old SAs are gone at once; without it the new ones take the traffic.
+fn a_strongswan_that_we_cannot_call_begins_the_fresh_ike_sa_that_we_ask_for() -> anyhow::Result<()>
+{
+    let topology = Topology::build(Options::default())?;
+    let tunnel = ours(Side::B, SUITE)
+        .respond_to_any()
+        .with("reauth = true")
+        .with("lifetime = \"60s\"");
+    let (gateway, swan) = they_start(&topology, tunnel, &theirs(Side::A, SUITE))?;
+    let spi = || anyhow::Ok(gateway.tunnel("site")?.ike.map(|ike| ike.initiator_spi));
+    let before = spi()?;
+    wait_for("a fresh IKE SA", Duration::from_secs(90), || {
+        let now = spi()?;
+        Ok((now.is_some() && now != before).then_some(()))
+    })
+    .with_context(|| format!("{}\n{}", gateway.log(20), swan.log(40)))?;
+    ensure!(swan.log(200).contains("AUTH_LFT"), "{}", swan.log(200));
+    wait_for("traffic on it", PATIENCE, || {
+        hosts_talk(&topology, V4).map(Some)
+    })
+}
+
 fn a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not() -> anyhow::Result<()>
 {
     for says_so in [true, false] {

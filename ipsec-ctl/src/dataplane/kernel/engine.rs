@@ -3,6 +3,7 @@
 mod card;
 mod doubts;
 mod former;
+mod notices;
 mod place;
 mod repair;
 mod resume;
@@ -18,7 +19,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Mutex, mpsc::UnboundedReceiver},
+    sync::Mutex,
     task::JoinHandle,
     time::{Instant, sleep_until},
 };
@@ -39,16 +40,16 @@ use crate::{
     dataplane::{
         routing::Place,
         seam::{
-            Command, Direction, Event, Flow, KernelReason, Ledger, LifetimeKind, PathCounters,
-            Rejected, SaFacts, SaId, SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
+            Command, Direction, KernelReason, Ledger, PathCounters, Rejected, SaFacts, SaId,
+            SaStats, Survey, TunnelFacts, TunnelId, TunnelSpec,
         },
         xdp::{engine::Lodge, slow::monotonic_seconds},
     },
     net::{
         netfilter,
         netlink::{Netlink, NetlinkError},
-        watch::{self, Fallen},
-        xfrm::{Notice, Policy, PortMask, StateId, StateStatus, Watch, Xfrm},
+        watch,
+        xfrm::{Policy, StateId, StateStatus, Watch, Xfrm},
     },
 };
 
@@ -141,32 +142,6 @@ impl Everything {
         self.next_reqid += 1;
         FIRST_REQID + self.next_reqid
     }
-
-    /// Whether a policy of ours is there that none of our tunnels wants as it is.
-    fn is_strange(&self, policy: &Policy) -> bool {
-        if host::is_ours(policy) {
-            return !self.shared.has(policy);
-        }
-        let tunnel = self.with_number(policy.if_id);
-        tunnel.is_some_and(|tunnel| !tunnel.policies.contains(policy))
-    }
-
-    /// Whether one of our tunnels wants a policy that is gone.
-    fn misses(&self, policy: &Policy) -> bool {
-        if host::is_ours(policy) {
-            return self.shared.has(policy);
-        }
-        let tunnel = self.with_number(policy.if_id);
-        tunnel.is_some_and(|tunnel| {
-            let mut wanted = tunnel.policies.iter();
-            wanted.any(|wanted| wanted.key() == policy.key())
-        })
-    }
-
-    fn with_number(&self, if_id: u32) -> Option<&Tunnel> {
-        let mut tunnels = self.tunnels.values();
-        tunnels.find(|tunnel| tunnel.has_device() && tunnel.if_id == if_id)
-    }
 }
 
 impl Engine {
@@ -200,7 +175,7 @@ impl Engine {
             doubts: Doubts::default(),
         });
         let keepers = [
-            tokio::spawn(listen(Arc::clone(&inner), notices, fallen)),
+            tokio::spawn(notices::listen(Arc::clone(&inner), notices, fallen)),
             tokio::spawn(repair(Arc::clone(&inner))),
         ];
         Ok(Self { inner, keepers })
@@ -351,89 +326,6 @@ impl Engine {
     }
 }
 
-impl Inner {
-    async fn notice(&self, notice: Notice) {
-        let mut everything = self.state.lock().await;
-        let all = &mut *everything;
-        let sa_of = |all: &Everything, id: &StateId| {
-            let found = all.sas.iter().find(|(_, sa)| sa.state == *id);
-            found.map(|(id, _)| *id)
-        };
-        match notice {
-            Notice::Acquire { reqid, packet } => {
-                let child = all.tunnels.iter().find_map(|(id, tunnel)| {
-                    let child = tunnel.child_of(reqid)?;
-                    Some((*id, child))
-                });
-                let Some((tunnel, child)) = child else { return };
-                // Others have removed the state of an SA, which is seen to elsewhere.
-                if !all
-                    .tunnels
-                    .get(&tunnel)
-                    .is_some_and(|tunnel| tunnel.waits_for_packets(child))
-                {
-                    return;
-                }
-                let port = |port: PortMask| if port.mask == 0 { 0 } else { port.port };
-                self.lodge.send(Event::Acquire {
-                    tunnel,
-                    child,
-                    flow: Flow {
-                        source: packet.source.addr(),
-                        destination: packet.destination.addr(),
-                        protocol: packet.protocol,
-                        source_port: port(packet.source_port),
-                        destination_port: port(packet.destination_port),
-                    },
-                });
-            }
-            Notice::Expired { id, hard } => {
-                let Some(sa) = sa_of(all, &id) else { return };
-                if hard {
-                    let _ = self.remove(all, sa);
-                }
-                let kind = if hard {
-                    LifetimeKind::Hard
-                } else {
-                    LifetimeKind::Soft
-                };
-                self.lodge.send(Event::Lifetime { sa, kind });
-            }
-            Notice::Moved { id, source } => {
-                if let Some(sa) = sa_of(all, &id) {
-                    self.lodge.send(Event::PeerMoved { sa, remote: source });
-                }
-            }
-            // What we have removed ourselves is not ours any more.
-            Notice::StateRemoved(id) => {
-                if sa_of(all, &id).is_some() {
-                    self.doubts.raise(&[Doubt::States]);
-                }
-            }
-            Notice::StatesFlushed => self.doubts.raise(&[Doubt::States]),
-            Notice::PolicySet(policy) => {
-                if all.is_strange(&policy) {
-                    self.doubts.raise(&[Doubt::Policies]);
-                }
-            }
-            Notice::PolicyRemoved(policy) => {
-                if all.misses(&policy) {
-                    self.doubts.raise(&[Doubt::Policies]);
-                }
-            }
-            // At once: what tunnels without a device protect is open until then.
-            Notice::PoliciesFlushed => self.restore_policies(all),
-            Notice::Overrun => {
-                tracing::warn!(
-                    "notifications of the kernel's IPsec were lost: all of it is looked at"
-                );
-                self.doubts
-                    .raise(&[Doubt::States, Doubt::Policies, Doubt::Devices]);
-            }
-        }
-    }
-}
-
 /// Sees to what is in doubt, until the engine stops.
 async fn repair(inner: Arc<Inner>) {
     let mut not_before = Instant::now();
@@ -443,31 +335,6 @@ async fn repair(inner: Arc<Inner>) {
         let start = Instant::now();
         inner.repair(&inner.doubts.take()).await;
         not_before = Instant::now() + (start.elapsed() * IDLE_SHARE).min(LONGEST_PAUSE);
-    }
-}
-
-/// Follows the kernel's notifications until the engine stops.
-async fn listen(inner: Arc<Inner>, mut notices: Watch, mut fallen: UnboundedReceiver<Fallen>) {
-    loop {
-        tokio::select! {
-            noticed = notices.next() => match noticed {
-                Ok(noticed) => for notice in noticed {
-                    inner.notice(notice).await;
-                },
-                Err(error) => {
-                    tracing::error!(%error, "the kernel's IPsec is not watched any more");
-                    return;
-                }
-            },
-            link = fallen.recv() => match link {
-                Some(Fallen::Link(index)) => inner.link_fell(index).await,
-                Some(Fallen::Any) => inner.doubts.raise(&[Doubt::Devices]),
-                None => {
-                    tracing::error!("links are not watched any more");
-                    return;
-                }
-            },
-        }
     }
 }
 

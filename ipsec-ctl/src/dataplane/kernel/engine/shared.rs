@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What tells a policy apart in the kernel.
-type Key = (PolicyDirection, Selector);
+pub(super) type Key = (PolicyDirection, Selector);
 
 /// All of them.
 #[derive(Debug, Default)]
@@ -35,9 +35,9 @@ impl Shared {
         known
     }
 
-    /// Whether the kernel has this policy, as far as we know.
-    pub(super) fn has(&self, policy: &Policy) -> bool {
-        self.there.get(&policy.key()) == Some(policy)
+    /// What the kernel has in a place, as far as we know.
+    pub(super) fn at(&self, key: &Key) -> Option<&Policy> {
+        self.there.get(key)
     }
 
     /// Whether another tunnel has packets that a tunnel wants to have, too. What stays in the clear may be the same.
