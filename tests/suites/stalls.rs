@@ -5,7 +5,7 @@
 use std::{
     fs,
     io::{Read, Write, pipe},
-    os::unix::net::UnixStream,
+    os::unix::{fs::OpenOptionsExt, net::UnixStream},
     process::ExitCode,
     thread,
 };
@@ -21,6 +21,7 @@ use ipsec_tests::{
     topology::{Family, Options, Side, Topology},
 };
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::stat::Mode,
     unistd::mkfifo,
@@ -82,20 +83,32 @@ fn a_key_file_that_cannot_be_read_delays_no_tunnel() -> anyhow::Result<()> {
             .build()?;
         Ok(runtime.block_on(async { Client::new(&socket).reload().await })?)
     });
-    // A second one is refused once the first has begun.
-    wait_for("the reload to begin", PATIENCE, || {
-        let refused = gateway.reload().err().map(|error| format!("{error:#}"));
-        Ok(refused.filter(|why| why.contains("still being read")))
+    // It can be opened for writing once somebody reads it, who waits on until it is written to.
+    let mut writer = wait_for("the reload to begin", PATIENCE, || {
+        let flags = OFlag::O_NONBLOCK.bits();
+        let opened = fs::File::options()
+            .write(true)
+            .custom_flags(flags)
+            .open(&key);
+        match opened {
+            Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => Ok(None),
+            opened => Ok(Some(opened?)),
+        }
     })?;
+    let refused = gateway.reload().err().map(|error| format!("{error:#}"));
+    ensure!(
+        refused
+            .as_ref()
+            .is_some_and(|why| why.contains("still being read")),
+        "a second reload: {refused:?}"
+    );
     is_alive(&topology, &gateway)?;
     ensure!(
         !reload.is_finished(),
         "the reload has a key that nobody wrote"
     );
-    fs::File::options()
-        .write(true)
-        .open(&key)?
-        .write_all(PSK.as_bytes())?;
+    writer.write_all(PSK.as_bytes())?;
+    drop(writer);
     let done = reload
         .join()
         .map_err(|_| anyhow!("the client panicked"))??;
