@@ -7,13 +7,13 @@ use ipsec_ctl::dataplane::seam::Offload;
 use ipsec_tests::{
     cases,
     pair::{hosts_talk, start_default},
-    suite::{self, Need::Vlan},
+    suite::{self, Need::*},
     topology::{Family, Options, Topology},
 };
 
 fn main() -> ExitCode {
     suite::main(&cases![
-        [Vlan] tagged_frames_take_the_fast_path,
+        [Vlan, FastPath] tagged_frames_take_the_fast_path,
     ])
 }
 
