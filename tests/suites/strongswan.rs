@@ -411,7 +411,6 @@ fn strongswan_killed_and_restarted_is_found_again() -> anyhow::Result<()> {
     hosts_talk(&topology, V4)
 }
 
-// RFC 7296 section 2.4: with INITIAL_CONTACT the old SAs are gone at once; without it the new ones take the traffic.
 fn a_strongswan_that_we_cannot_call_begins_the_fresh_ike_sa_that_we_ask_for() -> anyhow::Result<()>
 {
     let topology = Topology::build(Options::default())?;
@@ -433,6 +432,7 @@ fn a_strongswan_that_we_cannot_call_begins_the_fresh_ike_sa_that_we_ask_for() ->
     })
 }
 
+// RFC 7296 section 2.4: with INITIAL_CONTACT the old SAs are gone at once; without it the new ones take the traffic.
 fn a_strongswan_that_restarts_and_calls_is_followed_whether_it_says_so_or_not() -> anyhow::Result<()>
 {
     for says_so in [true, false] {

@@ -77,6 +77,7 @@ impl Netlink {
         let get = self.handle.link().get().match_index(index);
         found(get, &format!("link {index}")).await
     }
+
     /// Sets a link up.
     ///
     /// # Errors

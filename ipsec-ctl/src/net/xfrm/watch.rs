@@ -45,7 +45,7 @@ pub enum Notice {
     StatesFlushed,
     /// A policy was set, by us or by others.
     PolicySet(Policy),
-    /// A policy was removed, by us or by others; its template is not told.
+    /// A policy was removed, by us or by others.
     PolicyRemoved(Policy),
     /// All policies were removed, by others.
     PoliciesFlushed,

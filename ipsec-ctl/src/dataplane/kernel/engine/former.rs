@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::{is_our_state, is_ours};
+use super::is_ours;
 use crate::net::{
     netlink::{Netlink, NetlinkError},
     xfrm::{Policy, StateId, StateStatus, XfrmInterface},
@@ -36,7 +36,7 @@ impl Former {
             let of_it = former.policies.entry(policy.if_id).or_default();
             of_it.insert(*policy);
         }
-        for state in states.iter().filter(|state| is_our_state(state)) {
+        for state in states.iter().filter(|state| is_ours(state.if_id)) {
             former.states.entry(state.if_id).or_default().push(state.id);
         }
         former.taken.extend(former.policies.keys());

@@ -188,13 +188,10 @@ impl Inner {
         all: &mut Everything,
         device: &str,
     ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
-        let used = used(all);
         if let Some(link) = self.netlink.link(device).await? {
-            let is_free = |(if_id, _): &(u32, _)| !used.contains(if_id);
             match link.kind.as_deref() {
                 Some("xfrm") => {
-                    let left = all.former.take_over(device, link.index);
-                    if let Some(left) = left.filter(is_free) {
+                    if let Some(left) = all.former.take_over(device, link.index) {
                         return Ok(left);
                     }
                     self.netlink.remove_link(link.index).await?;
@@ -204,6 +201,7 @@ impl Inner {
                 Some(_) | None => {}
             }
         }
+        let used = used(all);
         let if_id = (FIRST_IF_ID..=LAST_IF_ID)
             .find(|number| !used.contains(number) && !all.former.has(*number))
             .ok_or(Rejected::Full)?;
