@@ -202,7 +202,8 @@ fn collect(
         if left.is_zero() || (eager && pending.is_empty()) {
             return Ok(());
         }
-        socket.set_read_timeout(Some(left))?;
+        // Less than a microsecond would be none at all, and none waits for ever.
+        socket.set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
         let Ok((length, from)) = socket.recv_from(&mut buffer) else {
             continue;
         };

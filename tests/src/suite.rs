@@ -16,7 +16,8 @@ use crate::{
     watchdog::watched,
 };
 
-/// Longest that a test may take, and one that runs with `--full` only: several times what it takes on a busy machine.
+/// Longest that a test may take, and one that runs with `--full` only: several times what it takes on a busy machine. What takes longer
+/// hangs, and fails.
 const LIMITS: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(3600)];
 /// Begins the line that tells of a test that is tried twice.
 const UNSTEADY: &str = "tried twice: ";
