@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, ensure};
 
 use crate::{
-    gateway::Tunnel,
+    gateway::{Gateway, Tunnel},
     netns::Netns,
     pair::{PATIENCE, hosts_talk, start},
     topology::{Family, Options, Side, Topology, attacker},
@@ -83,6 +83,11 @@ pub fn is_refused_whatever_becomes_of_the_daemon(
 ) -> anyhow::Result<()> {
     let topology = Topology::build(Options::default())?;
     let (from, to) = (Side::B.host(family), Side::A.inside(family));
+    let refused = |gateway: &Gateway<'_>, packets: u32| {
+        let counted = gateway.counter("cleartext")?;
+        ensure!(counted == u64::from(packets), "{:?}", gateway.counters()?);
+        Ok(())
+    };
     through(&topology, from, true).context("without a gateway")?;
     let (mut a, _b) = start(
         &topology,
@@ -92,22 +97,14 @@ pub fn is_refused_whatever_becomes_of_the_daemon(
     through(&topology, from, false)?;
     let arrived = injected(&topology, from, &topology.gateway_a, to)?;
     ensure!(arrived == 0, "{arrived} reached the gateway itself");
-    ensure!(
-        a.counter("cleartext")? == u64::from(2 * PACKETS),
-        "{:?}",
-        a.counters()?
-    );
+    refused(&a, 2 * PACKETS)?;
     hosts_talk(&topology, family)?;
     a.kill()?;
     through(&topology, from, false).context("after kill -9")?;
     a.run()?;
     a.wait_up("site", PATIENCE)?;
     through(&topology, from, false).context("after the restart")?;
-    ensure!(
-        a.counter("cleartext")? == u64::from(4 * PACKETS),
-        "{:?}",
-        a.counters()?
-    );
+    refused(&a, 4 * PACKETS)?;
     hosts_talk(&topology, family)?;
     a.stop()?;
     through(&topology, from, false).context("after the end")?;

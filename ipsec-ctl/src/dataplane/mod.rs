@@ -3,6 +3,7 @@
 pub mod engines;
 pub mod kernel;
 pub mod link;
+mod pace;
 pub mod plane;
 pub mod probe;
 pub mod routing;

@@ -1,6 +1,6 @@
 //! What the kernel would do with a packet: route, Ethernet device and neighbour, for those who forward in its place.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, ops::ControlFlow};
 
 use futures_util::StreamExt;
 use netlink_packet_core::{
@@ -16,9 +16,12 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia},
 };
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
-use super::netlink::{Netlink, NetlinkError, unusable};
+use super::{
+    netlink::{Netlink, NetlinkError, unusable},
+    watch,
+};
 
 /// A packet that a route is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,12 +135,8 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn egress(&self, link: u32) -> Result<Option<Egress>, NetlinkError> {
-        let found = self.handle.link().get().match_index(link).execute();
-        let mut found = std::pin::pin!(found);
-        let message = match found.next().await {
-            Some(Ok(message)) => message,
-            Some(Err(error)) => return Err(NetlinkError::new("look an egress up", &error)),
-            None => return Ok(None),
+        let Some(message) = self.link_message(link).await? else {
+            return Ok(None);
         };
         let (mut mac, mut vlan, mut below, mut mtu) = (None, None, None, 0);
         for attribute in &message.attributes {
@@ -241,37 +240,33 @@ impl Netlink {
 pub fn watch_neighbours() -> std::io::Result<mpsc::Receiver<Option<NeighbourChange>>> {
     /// Changes that wait at most; then some are lost, which is told.
     const QUEUE: usize = 1024;
-    let (connection, _, mut messages) =
-        rtnetlink::new_multicast_connection(&[MulticastGroup::Neigh])?;
     let (sender, receiver) = mpsc::channel(QUEUE);
-    tokio::spawn(connection);
-    tokio::spawn(async move {
-        let mut lost = false;
-        while let Some((message, _)) = messages.next().await {
-            let change = match message.payload {
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
-                    change(&message, usable_mac(&message))
-                }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message)) => {
-                    change(&message, None)
-                }
-                // The socket's buffer ran over.
-                NetlinkPayload::Overrun(_) => {
-                    lost = true;
-                    continue;
-                }
-                _ => continue,
-            };
-            if lost && sender.try_send(None).is_ok() {
-                lost = false;
+    let mut lost = false;
+    watch::follow(&[MulticastGroup::Neigh], move |payload| {
+        let change = match payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
+                change(&message, usable_mac(&message))
             }
-            match change.map(|change| sender.try_send(Some(change))) {
-                Some(Err(mpsc::error::TrySendError::Closed(_))) => return,
-                Some(Err(mpsc::error::TrySendError::Full(_))) => lost = true,
-                Some(Ok(())) | None => {}
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message)) => {
+                change(&message, None)
             }
+            // The socket's buffer ran over.
+            NetlinkPayload::Overrun(_) => {
+                lost = true;
+                None
+            }
+            _ => None,
+        };
+        if lost && sender.try_send(None).is_ok() {
+            lost = false;
         }
-    });
+        match change.map(|change| sender.try_send(Some(change))) {
+            Some(Err(TrySendError::Closed(_))) => return ControlFlow::Break(()),
+            Some(Err(TrySendError::Full(_))) => lost = true,
+            Some(Ok(())) | None => {}
+        }
+        ControlFlow::Continue(())
+    })?;
     Ok(receiver)
 }
 

@@ -80,9 +80,7 @@ impl Netlink {
     }
 
     async fn inherit_controller(&self, from: u32, to: u32) -> Result<(), NetlinkError> {
-        let failed = |error| NetlinkError::new(format!("look link {from} up"), &error);
-        let mut links = self.handle.link().get().match_index(from).execute();
-        let Some(link) = links.try_next().await.map_err(failed)? else {
+        let Some(link) = self.link_message(from).await? else {
             return Ok(());
         };
         let controller = link

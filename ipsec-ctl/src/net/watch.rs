@@ -1,10 +1,12 @@
 //! Notifications of the kernel about links, addresses, routes and rules.
 
+use std::{io, ops::ControlFlow};
+
 use futures_util::StreamExt;
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use rtnetlink::MulticastGroup;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 /// What has changed. The details are asked for: by the time a notification is read they may have changed again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,8 +27,8 @@ const QUEUE: usize = 64;
 /// # Errors
 ///
 /// Those of the socket.
-pub fn start() -> std::io::Result<mpsc::Receiver<Change>> {
-    let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&[
+pub fn start() -> io::Result<mpsc::Receiver<Change>> {
+    let groups = [
         MulticastGroup::Link,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
@@ -34,19 +36,38 @@ pub fn start() -> std::io::Result<mpsc::Receiver<Change>> {
         MulticastGroup::Ipv6Route,
         MulticastGroup::Ipv4Rule,
         MulticastGroup::Ipv6Rule,
-    ])?;
+    ];
     let (sender, receiver) = mpsc::channel(QUEUE);
+    follow(&groups, move |payload| {
+        for change in changes(&payload) {
+            if let Err(TrySendError::Closed(_)) = sender.try_send(*change) {
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(receiver)
+}
+
+/// Passes on what the kernel tells of these groups in the network namespace that the caller is in, until `tell` breaks off.
+///
+/// # Errors
+///
+/// Those of the socket.
+pub(super) fn follow(
+    groups: &[MulticastGroup],
+    mut tell: impl FnMut(NetlinkPayload<RouteNetlinkMessage>) -> ControlFlow<()> + Send + 'static,
+) -> io::Result<()> {
+    let (connection, _, mut messages) = rtnetlink::new_multicast_connection(groups)?;
     tokio::spawn(connection);
     tokio::spawn(async move {
         while let Some((message, _)) = messages.next().await {
-            for change in changes(&message.payload) {
-                if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(*change) {
-                    return;
-                }
+            if tell(message.payload).is_break() {
+                return;
             }
         }
     });
-    Ok(receiver)
+    Ok(())
 }
 
 fn changes(payload: &NetlinkPayload<RouteNetlinkMessage>) -> &'static [Change] {
@@ -84,20 +105,14 @@ pub enum Fallen {
 /// # Errors
 ///
 /// Those of the socket.
-pub fn fallen_links() -> std::io::Result<mpsc::UnboundedReceiver<Fallen>> {
-    let (connection, _, mut messages) =
-        rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
+pub fn fallen_links() -> io::Result<mpsc::UnboundedReceiver<Fallen>> {
     let (sender, receiver) = mpsc::unbounded_channel();
-    tokio::spawn(connection);
-    tokio::spawn(async move {
-        while let Some((message, _)) = messages.next().await {
-            if let Some(fallen) = fallen(&message.payload)
-                && sender.send(fallen).is_err()
-            {
-                return;
-            }
+    follow(&[MulticastGroup::Link], move |payload| {
+        match fallen(&payload).map(|fallen| sender.send(fallen)) {
+            Some(Err(_)) => ControlFlow::Break(()),
+            Some(Ok(())) | None => ControlFlow::Continue(()),
         }
-    });
+    })?;
     Ok(receiver)
 }
 

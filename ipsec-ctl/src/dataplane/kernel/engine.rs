@@ -15,14 +15,9 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     sync::Arc,
-    time::Duration,
 };
 
-use tokio::{
-    sync::Mutex,
-    task::JoinHandle,
-    time::{Instant, sleep_until},
-};
+use tokio::{sync::Mutex, task::JoinHandle};
 
 use self::{
     doubts::{Doubt, Doubts},
@@ -38,6 +33,7 @@ use super::{
 };
 use crate::{
     dataplane::{
+        pace::Pace,
         routing::Place,
         seam::{
             Command, Direction, KernelReason, Ledger, PathCounters, Rejected, SaFacts, SaId,
@@ -63,14 +59,6 @@ const FIRST_REQID: u32 = 0x4958_0000;
 const LAST_REQID: u32 = 0x4fff_ffff;
 /// The number of what belongs to no interface: that of tunnels without a device.
 const NO_IF_ID: u32 = 0;
-/// After a change the kernel often reports more of them: they are seen to together.
-const SETTLE: Duration = Duration::from_millis(50);
-/// With many tunnels a look at all of them takes long, and nothing can be installed meanwhile: so many times as long as it took
-/// there is no other,
-const IDLE_SHARE: u32 = 4;
-/// but not longer than this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
 /// Whether a number is one of ours.
 fn is_ours(if_id: u32) -> bool {
     (FIRST_IF_ID..=LAST_IF_ID).contains(&if_id)
@@ -328,13 +316,12 @@ impl Engine {
 
 /// Sees to what is in doubt, until the engine stops.
 async fn repair(inner: Arc<Inner>) {
-    let mut not_before = Instant::now();
+    let mut pace = Pace::new();
     loop {
         inner.doubts.wait().await;
-        sleep_until((Instant::now() + SETTLE).max(not_before)).await;
-        let start = Instant::now();
-        inner.repair(&inner.doubts.take()).await;
-        not_before = Instant::now() + (start.elapsed() * IDLE_SHARE).min(LONGEST_PAUSE);
+        pace.turn().await;
+        let doubts = inner.doubts.take();
+        pace.look(inner.repair(&doubts)).await;
     }
 }
 

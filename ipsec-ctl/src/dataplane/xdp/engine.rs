@@ -20,7 +20,7 @@ use ipsec_common::{
 use tokio::{
     sync::{Mutex, Notify, mpsc},
     task::JoinHandle,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval},
 };
 
 use super::{
@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     dataplane::{
+        pace::Pace,
         routing::{Place, Routing},
         seam::{
             Before, Command, Direction, EngineConfig, Event, InterfaceStatus, Ledger,
@@ -56,13 +57,6 @@ use crate::{
 
 /// Events that wait for the daemon at most.
 const EVENT_QUEUE: usize = 8192;
-/// After a change the kernel often reports more of them: they are seen to together.
-const SETTLE: Duration = Duration::from_millis(50);
-/// With many tunnels seeing to a change takes long, and while they come up there is always one. Nothing can be installed
-/// meanwhile: so many times as long as it took nothing is looked at again,
-const IDLE_SHARE: u32 = 4;
-/// but not longer than this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How often ageing and doubts about path MTUs are looked at.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -671,7 +665,7 @@ impl Inner {
 async fn keep(inner: Arc<Inner>, mut changes: mpsc::Receiver<watch::Change>) {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut not_before = Instant::now();
+    let mut pace = Pace::new();
     loop {
         tokio::select! {
             change = changes.recv() => {
@@ -686,10 +680,8 @@ async fn keep(inner: Arc<Inner>, mut changes: mpsc::Receiver<watch::Change>) {
                 continue;
             }
         }
-        sleep_until((Instant::now() + SETTLE).max(not_before)).await;
+        pace.turn().await;
         while changes.try_recv().is_ok() {}
-        let start = Instant::now();
-        inner.repair().await;
-        not_before = Instant::now() + (start.elapsed() * IDLE_SHARE).min(LONGEST_PAUSE);
+        pace.look(inner.repair()).await;
     }
 }

@@ -65,7 +65,8 @@ impl Netlink {
     /// [`NetlinkError`].
     pub async fn link(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
         let get = self.handle.link().get().match_name(name.to_owned());
-        found(get, name).await
+        let message = found(get, name).await?;
+        Ok(message.as_ref().map(link))
     }
 
     /// The link of an index, if there is one.
@@ -74,6 +75,19 @@ impl Netlink {
     ///
     /// [`NetlinkError`].
     pub async fn link_at(&self, index: u32) -> Result<Option<Link>, NetlinkError> {
+        let message = self.link_message(index).await?;
+        Ok(message.as_ref().map(link))
+    }
+
+    /// All that the kernel tells of the link of an index, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`NetlinkError`].
+    pub(in crate::net) async fn link_message(
+        &self,
+        index: u32,
+    ) -> Result<Option<LinkMessage>, NetlinkError> {
         let get = self.handle.link().get().match_index(index);
         found(get, &format!("link {index}")).await
     }
@@ -160,9 +174,9 @@ impl Netlink {
     }
 }
 
-async fn found(get: LinkGetRequest, what: &str) -> Result<Option<Link>, NetlinkError> {
+async fn found(get: LinkGetRequest, what: &str) -> Result<Option<LinkMessage>, NetlinkError> {
     match get.execute().try_next().await {
-        Ok(message) => Ok(message.as_ref().map(link)),
+        Ok(message) => Ok(message),
         Err(error) => match NetlinkError::new(format!("look {what} up"), &error) {
             error if error.is(libc::ENODEV) => Ok(None),
             error => Err(error),
