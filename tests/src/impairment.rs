@@ -75,6 +75,14 @@ pub struct Rates {
     pub reordered: u64,
 }
 
+impl Rates {
+    /// Of a network that does no harm beyond translating addresses.
+    pub const NONE: Self = Self {
+        lost: 0,
+        reordered: 0,
+    };
+}
+
 /// What the network did, by direction: from behind the NAT, to there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Losses {
@@ -138,11 +146,7 @@ impl Impairment {
     ///
     /// As for [`Self::start`].
     pub fn nat_before_both(topology: &Topology) -> anyhow::Result<Self> {
-        let rates = Rates {
-            lost: 0,
-            reordered: 0,
-        };
-        Self::of(&Behind::ALL, topology, 1, rates)
+        Self::of(&Behind::ALL, topology, 1, Rates::NONE)
     }
 
     fn of(inside: &[Behind], topology: &Topology, seed: u64, rates: Rates) -> anyhow::Result<Self> {

@@ -485,13 +485,9 @@ fn a_frozen_strongswan_is_given_up_and_found_again() -> anyhow::Result<()> {
 
 // RFC 7296 section 2.23, and with MOBIKE RFC 4555 section 3.8.
 fn a_nat_that_rebinds_under_traffic_is_followed_in_both_roles() -> anyhow::Result<()> {
-    const QUIET: Rates = Rates {
-        lost: 0,
-        reordered: 0,
-    };
     for (we_initiate, mobike) in [(true, true), (true, false), (false, true)] {
         let topology = Topology::build(Options::default())?;
-        let nat = Impairment::start(&topology, 1, QUIET)?;
+        let nat = Impairment::start(&topology, 1, Rates::NONE)?;
         let side = if we_initiate { Side::A } else { Side::B };
         // The side that starts is behind the NAT.
         let tunnel = Tunnel::between_sites(side, V4)

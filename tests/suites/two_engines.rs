@@ -3,7 +3,7 @@
 use std::{net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, ensure};
-use ipsec_ctl::api::model::DeviceChanged;
+use ipsec_ctl::api::model::{DeviceChanged, State};
 use ipsec_tests::{
     branches::{self, OTHER},
     capture::Capture,
@@ -13,7 +13,7 @@ use ipsec_tests::{
     cases,
     command::wait_for,
     gateway::{Gateway, Tunnel},
-    impairment::{Behind, Impairment, NAT_ADDRESS},
+    impairment::{Behind, Impairment, NAT_ADDRESS, Rates},
     netns::Netns,
     pair::{Flows, PATIENCE, hosts_talk, start},
     ping::Ping,
@@ -29,6 +29,7 @@ use nix::{
 fn main() -> ExitCode {
     suite::main(&cases![
         [XfrmInterfaces] peers_behind_nats_are_carried_by_either_engine_at_once_and_followed,
+        [XfrmInterfaces] esp_alone_tells_either_engine_that_a_nat_has_given_its_peer_another_port,
         [XfrmInterfaces] a_tunnel_that_is_up_moves_to_the_other_engine_and_loses_nothing,
         [XfrmInterfaces] long a_tunnel_moves_there_and_back_with_what_others_have_given_its_device,
         [XfrmInterfaces] long a_tunnel_that_is_sent_back_on_its_way_goes_back_when_it_has_arrived,
@@ -147,6 +148,42 @@ fn peers_behind_nats_are_carried_by_either_engine_at_once_and_followed() -> anyh
     }
     nat.stop()?;
     capture.stop().is_clean()
+}
+
+// RFC 7296 section 2.23: the address and port of any authenticated packet from behind a NAT are the peer's new ones.
+fn esp_alone_tells_either_engine_that_a_nat_has_given_its_peer_another_port() -> anyhow::Result<()>
+{
+    for engine in [XDP, KERNEL] {
+        let topology = Topology::build(Options::default())?;
+        let capture = Capture::start(&topology.router)?;
+        let nat = Impairment::start(&topology, 1, Rates::NONE)?;
+        let tunnel = |side| Tunnel::between_sites(side, V4).with("dpd = { mode = \"off\" }");
+        let (a, b) = start(
+            &topology,
+            tunnel(Side::A).with(XDP),
+            tunnel(Side::B).respond_to_any().with(engine),
+        )?;
+        hosts_talk(&topology, V4)?;
+        let remote = || {
+            let ike = b.tunnel("site")?.ike;
+            anyhow::Ok(ike.context("no IKE SA")?.remote)
+        };
+        let (before, spis) = (remote()?, b.spis("site")?);
+        let flows = Flows::start(&topology)?;
+        nat.rebind(Behind::GatewayA);
+        wait_for("the peer to be found at its other ports", PATIENCE, || {
+            Ok((remote()? != before).then_some(()))
+        })
+        .with_context(|| format!("{engine}\n{}", b.log(40)))?;
+        hosts_talk(&topology, V4)?;
+        // A second and a half, on a machine that is busy.
+        flows.lose_less_than(1500).context(engine)?;
+        ensure!(b.spis("site")? == spis, "other SAs took the place of these");
+        ensure!(a.tunnel("site")?.state == State::Up);
+        nat.stop()?;
+        capture.stop().is_clean()?;
+    }
+    Ok(())
 }
 
 /// Waits until gateway A's tunnel has another device than that of this index, and the old one is gone.

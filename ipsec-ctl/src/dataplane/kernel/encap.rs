@@ -1,6 +1,10 @@
 //! The sockets through which the kernel opens ESP in UDP: one for each peer behind a NAT, connected to it.
 
-use std::{collections::HashMap, io, net::SocketAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    net::SocketAddr,
+};
 
 use tokio::{net::UdpSocket, task::JoinHandle};
 
@@ -19,7 +23,12 @@ type Pair = (SocketAddr, SocketAddr);
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     open: HashMap<Pair, Open>,
+    /// Those that are open to find out whether a peer is there.
+    trials: HashSet<Pair>,
 }
+
+/// Peers that are looked for at once: it takes only an SPI to make us look for one.
+const MOST_TRIALS: usize = 16;
 
 #[derive(Debug)]
 struct Open {
@@ -48,6 +57,23 @@ impl Sockets {
         let reader = tokio::spawn(read(UdpSocket::from_std(socket)?, local, lodge.clone()));
         self.open.insert(pair, Open { users: 1, reader });
         Ok(())
+    }
+
+    /// Has a socket for a peer that may be there now; tells whether there is one because of that.
+    pub(super) fn try_out(&mut self, pair: Pair, lodge: &Lodge) -> io::Result<bool> {
+        if self.open.contains_key(&pair) || self.trials.len() >= MOST_TRIALS {
+            return Ok(false);
+        }
+        self.take(pair, lodge)?;
+        self.trials.insert(pair);
+        Ok(true)
+    }
+
+    /// Ends [`Self::try_out`]: the socket stays if SAs need it by now.
+    pub(super) fn end_trial(&mut self, pair: Pair) {
+        if self.trials.remove(&pair) {
+            self.leave(pair);
+        }
     }
 
     /// One SA needs it no more.

@@ -27,6 +27,7 @@ pub mod sa;
 pub mod selectors;
 pub mod senders;
 pub mod slow;
+pub mod strays;
 pub mod table;
 pub mod waiting;
 pub mod words;

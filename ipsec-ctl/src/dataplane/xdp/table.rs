@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hash, Hasher},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU16, Ordering},
@@ -353,6 +353,18 @@ impl Tables {
                 Some(Arc::clone(sa))
             }
             _ => None,
+        })
+    }
+
+    /// Whether what one of these SAs receives in UDP comes from there.
+    pub fn has_peer_at(&self, local: IpAddr, remote: SocketAddr) -> bool {
+        let is_there = |outer: &Outer| {
+            let port = outer.encap.map(|encap| encap.remote_port);
+            (outer.local, outer.remote, port) == (local, remote.ip(), Some(remote.port()))
+        };
+        self.registry().sas.values().any(|sa| match sa {
+            Installed::Inbound(sa) => is_there(&sa.outer),
+            Installed::Outbound(_) => false,
         })
     }
 

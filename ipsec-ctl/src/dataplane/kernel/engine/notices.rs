@@ -1,14 +1,15 @@
 //! What the kernel reports unasked: packets that ask for SAs, SAs that end or whose peer moves, and what others do to what is ours.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::{sync::mpsc::UnboundedReceiver, time::sleep};
 
-use super::{Everything, Inner, NO_IF_ID, doubts::Doubt, tunnel::Tunnel};
+use super::{Everything, Inner, NO_IF_ID, doubts::Doubt, sa::Sa, tunnel::Tunnel};
 use crate::{
     dataplane::{
         kernel::host,
         seam::{Event, Flow, LifetimeKind, TunnelId},
+        xdp::strays::Stray,
     },
     net::{
         watch::Fallen,
@@ -22,6 +23,7 @@ pub(super) async fn listen(
     mut notices: Watch,
     mut fallen: UnboundedReceiver<Fallen>,
 ) {
+    let mut strays = inner.lodge.strays();
     loop {
         tokio::select! {
             noticed = notices.next() => match noticed {
@@ -32,6 +34,10 @@ pub(super) async fn listen(
                     tracing::error!(%error, "the kernel's IPsec is not watched any more");
                     return;
                 }
+            },
+            // What was too much comes again. The lodge, which reports, lives as long as this.
+            stray = strays.recv() => if let Ok(stray) = stray {
+                inner.look_for_peer(stray).await;
             },
             link = fallen.recv() => match link {
                 Some(Fallen::Link(index)) => inner.link_fell(index).await,
@@ -46,6 +52,35 @@ pub(super) async fn listen(
 }
 
 impl Inner {
+    /// Lets the kernel open what comes from where a peer may be now: it tells of a genuine packet, by [`Notice::Moved`].
+    async fn look_for_peer(self: &Arc<Self>, stray: Stray) {
+        /// Enough for one genuine packet, and for what the daemon makes of it.
+        const TRIAL: Duration = Duration::from_secs(5);
+        let (local, remote) = (stray.local, stray.remote);
+        // Its socket would have to take what the other engine opens.
+        if self.lodge.has_peer_at(local.ip(), remote) {
+            return;
+        }
+        let mut everything = self.state.lock().await;
+        let is_its = |sa: &Sa| sa.spi == stray.spi && sa.pair().is_some_and(|pair| pair.0 == local);
+        if !everything.sas.values().any(is_its) {
+            return;
+        }
+        match everything.sockets.try_out((local, remote), &self.lodge) {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(error) => {
+                return tracing::debug!(%error, %remote, "a peer that may be there is not looked for");
+            }
+        }
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            sleep(TRIAL).await;
+            let mut everything = inner.state.lock().await;
+            everything.sockets.end_trial((local, remote));
+        });
+    }
+
     async fn notice(&self, notice: Notice) {
         let mut everything = self.state.lock().await;
         let all = &mut *everything;

@@ -1,13 +1,19 @@
 //! What this engine does for the tunnels of another one: it has the sockets, the routes and the XDP program.
 
-use std::{io, net::IpAddr, sync::Arc};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipsec_common::Spi;
+use tokio::sync::broadcast;
 
 use super::{Engine, Inner};
 use crate::dataplane::{
     routing::RoutingSpec,
     seam::{Event, Rejected, TunnelId},
+    xdp::strays::Stray,
 };
 
 /// The engine as a host of tunnels that another engine carries. Cheap to clone.
@@ -109,6 +115,16 @@ impl Lodge {
         self.0.fast().pass_no_more(spi, local);
         self.0.tables.pass_no_more(spi, local);
         self.ignore_passed();
+    }
+
+    /// Reports of ESP in UDP for SAs of [`Self::pass`] that has come by the sockets of all peers.
+    pub fn strays(&self) -> broadcast::Receiver<Stray> {
+        self.0.slow.strays.listen()
+    }
+
+    /// Whether a peer whose ESP this engine opens is there.
+    pub fn has_peer_at(&self, local: IpAddr, remote: SocketAddr) -> bool {
+        self.0.tables.has_peer_at(local, remote)
     }
 
     /// Spares the raw sockets what the kernel opens. Our SPIs are told apart by their numbers alone: no other SA of ours has one of

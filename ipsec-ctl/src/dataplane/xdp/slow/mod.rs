@@ -34,6 +34,7 @@ use super::{
     outbound::{HEADROOM, Outbound, OutboundPipeline, Sealed, TAILROOM},
     path_mtu::PathMtus,
     sa::Origin,
+    strays::{Stray, Strays},
     table::{Tables, Tunnel},
 };
 use crate::dataplane::seam::{Event, TunnelId};
@@ -53,6 +54,8 @@ pub struct SlowPath {
     pub sockets: Sockets,
     /// What was dropped.
     pub counters: Counters,
+    /// What belongs to an SA of the kernel, and has not come by its sockets.
+    pub strays: Strays,
     /// What outer paths take.
     pub path_mtus: Arc<PathMtus>,
     outbound: OutboundPipeline,
@@ -61,6 +64,15 @@ pub struct SlowPath {
     tables: Arc<Tables>,
     too_big_reports: RateLimit<IpAddr>,
     stop: AtomicBool,
+}
+
+/// Whose a packet was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opened {
+    /// Ours, or nobody's.
+    Here,
+    /// The kernel's.
+    Elsewhere,
 }
 
 /// The running threads.
@@ -87,6 +99,7 @@ impl SlowPath {
             devices: Devices::new()?,
             sockets,
             counters: Counters::default(),
+            strays: Strays::default(),
             path_mtus,
             outbound,
             inbound,
@@ -309,7 +322,14 @@ impl SlowPath {
                 Datagram::Ike(at) => {
                     self.deliver_ike(local, remote, bytes.get(at..).unwrap_or_default());
                 }
-                Datagram::Esp => self.open(bytes, 0..bytes.len(), &arrival, now),
+                Datagram::Esp => {
+                    if self.open(bytes, 0..bytes.len(), &arrival, now) == Opened::Elsewhere
+                        && let Some((spi, _)) = inbound::header(bytes)
+                    {
+                        let stray = Stray { spi, local, remote };
+                        self.strays.report(stray, now);
+                    }
+                }
             },
             Kind::Esp if inlet.v6 => {
                 let source = SocketAddr::new(remote.ip(), 0);
@@ -317,7 +337,9 @@ impl SlowPath {
                 self.open(bytes, 0..bytes.len(), &arrival, now);
             }
             Kind::Esp => match esp_of_raw_v4(bytes, remote.ip()) {
-                Some((esp, arrival)) => self.open(bytes, esp, &arrival, now),
+                Some((esp, arrival)) => {
+                    self.open(bytes, esp, &arrival, now);
+                }
                 None => self.counters.count(Reason::Malformed),
             },
         }
@@ -359,7 +381,7 @@ impl SlowPath {
         self.events.send(Event::Ike(ike(local, remote, bytes)));
     }
 
-    fn open(&self, frame: &mut [u8], esp: Range<usize>, arrival: &Arrival, now: u64) {
+    fn open(&self, frame: &mut [u8], esp: Range<usize>, arrival: &Arrival, now: u64) -> Opened {
         match self.inbound.process(frame, esp, arrival, Origin::Slow, now) {
             Inbound::Deliver { packet, sa, .. } => {
                 let packet = frame.get(packet).unwrap_or_default();
@@ -367,9 +389,11 @@ impl SlowPath {
                     self.counters.count(Reason::SendFailed);
                 }
             }
-            Inbound::Dummy | Inbound::Elsewhere => {}
+            Inbound::Dummy => {}
+            Inbound::Elsewhere => return Opened::Elsewhere,
             Inbound::Drop(reason) => self.counters.count(reason),
         }
+        Opened::Here
     }
 }
 
