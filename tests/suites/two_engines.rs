@@ -64,8 +64,9 @@ fn all_at_once(topology: &Topology) -> anyhow::Result<()> {
     let flows: Vec<_> = ways
         .into_iter()
         .map(|(from, into, to)| {
+            // Four of them, through three gateways on one processor.
             let flow = Flow {
-                rate: Some(500),
+                rate: Some(100),
                 ..Flow::to(to)
             };
             Ok((to, flow.start(from, into)?))
@@ -169,15 +170,16 @@ fn esp_alone_tells_either_engine_that_a_nat_has_given_its_peer_another_port() ->
             anyhow::Ok(ike.context("no IKE SA")?.remote)
         };
         let (before, spis) = (remote()?, b.spis("site")?);
-        let flows = Flows::start(&topology)?;
+        const A_SECOND: u32 = 200;
+        let flows = Flows::at(&topology, A_SECOND)?;
         nat.rebind(Behind::GatewayA);
         wait_for("the peer to be found at its other ports", PATIENCE, || {
             Ok((remote()? != before).then_some(()))
         })
         .with_context(|| format!("{engine}\n{}", b.log(40)))?;
-        hosts_talk(&topology, V4)?;
-        // A second and a half, on a machine that is busy.
-        flows.lose_less_than(1500).context(engine)?;
+        // What is lost is on its way to the old ports, and what comes before the socket; a busy machine takes its time.
+        flows.lose_less_than(2 * A_SECOND).context(engine)?;
+        hosts_talk(&topology, V4).context(engine)?;
         ensure!(b.spis("site")? == spis, "other SAs took the place of these");
         ensure!(a.tunnel("site")?.state == State::Up);
         nat.stop()?;
