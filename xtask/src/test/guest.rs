@@ -5,7 +5,7 @@ use std::{thread, time::Duration};
 use anyhow::Context;
 
 use super::Count;
-use crate::vm::{self, Frozen, Guest, Kernel};
+use crate::vm::{self, Guest, Kernel, NoGuest};
 
 /// Suites that run in guests of one kind.
 pub(super) struct Group {
@@ -92,10 +92,10 @@ impl Group {
         for suite in self.suites {
             let program = vm::test_program("ipsec-tests", suite)?;
             let (count, status) = run_suite_in(&guest, &program).or_else(|error| {
-                standing_still(error)?;
+                no_guest(error)?;
                 eprintln!("vm: the suite starts again, once");
                 run_suite_in(&guest, &program).or_else(|error| {
-                    let skipped = format!("{suite}: {}", standing_still(error)?);
+                    let skipped = format!("{suite}: {}", no_guest(error)?);
                     Ok::<_, anyhow::Error>((Count::one_skipped(skipped), 0))
                 })
             })?;
@@ -106,11 +106,11 @@ impl Group {
     }
 }
 
-/// What a frozen guest is told to have done; other errors are passed on.
-fn standing_still(error: anyhow::Error) -> anyhow::Result<Frozen> {
-    let frozen = error.downcast::<Frozen>()?;
-    eprintln!("vm: {frozen}");
-    Ok(frozen)
+/// Why a guest is no good; other errors are passed on.
+fn no_guest(error: anyhow::Error) -> anyhow::Result<NoGuest> {
+    let reason = error.downcast::<NoGuest>()?;
+    eprintln!("vm: {reason}");
+    Ok(reason)
 }
 
 /// Runs a test program in a guest, its output passed on as it comes; tells what it counted, and its status.

@@ -22,24 +22,37 @@ use crate::command::workspace;
 /// The first process of the guest.
 const INIT: &str = include_str!("init.sh");
 
+/// The file through which it gives signs of life.
+const ALIVE: &str = "alive";
 /// Without a sign of life for so long, a guest is frozen: it gives one every 5 s.
 const FROZEN: Duration = Duration::from_secs(90);
 
-/// The guest's kernel stood still: no process of it ran any more. Whatever the command did, it is not what hangs.
-#[derive(Debug)]
-pub(crate) struct Frozen;
+/// The guest itself is no good, whatever the command did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoGuest {
+    /// Its kernel stood still: no process of it ran any more.
+    Frozen,
+    /// Its kernel ended before there was a process: this machine cannot run it.
+    Stillborn,
+}
 
-impl std::fmt::Display for Frozen {
+impl std::fmt::Display for NoGuest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "the guest's kernel stood still for {} s and was ended",
-            FROZEN.as_secs()
-        )
+        match self {
+            Self::Frozen => write!(
+                f,
+                "the guest's kernel stood still for {} s and was ended",
+                FROZEN.as_secs()
+            ),
+            Self::Stillborn => write!(
+                f,
+                "the guest's kernel does not come up on this machine; its last words are above"
+            ),
+        }
     }
 }
 
-impl std::error::Error for Frozen {}
+impl std::error::Error for NoGuest {}
 
 /// A guest that is about to run.
 #[derive(Debug)]
@@ -59,7 +72,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// The guest did not start, or ended before the command did; [`Frozen`] if its kernel stood still.
+    /// The guest did not start, or ended before the command did; [`NoGuest`] where that is its kernel's fault.
     pub(crate) fn run(&self, command: &[String]) -> anyhow::Result<i32> {
         let (mut output, writer) = io::pipe().context("a pipe")?;
         thread::scope(|scope| {
@@ -98,7 +111,10 @@ impl Guest {
             eprintln!("vm: {line}");
         }
         if frozen {
-            bail!(Frozen);
+            bail!(NoGuest::Frozen);
+        }
+        if !control.0.join(ALIVE).exists() {
+            bail!(NoGuest::Stillborn);
         }
         match status.code() {
             Some(124 | 137) => bail!("the guest was ended after {} s", self.limit.as_secs()),
@@ -126,7 +142,7 @@ impl Guest {
             ("CHECKOUT", workspace().display().to_string()),
         ];
         let kernel = match self.kernel.kind {
-            Kind::Built | Kind::Packaged => user_mode::command(self, control, &facts),
+            Kind::Built | Kind::Packaged => user_mode::command(self, control, &facts)?,
             Kind::Full => machine::command(self, control, &facts)?,
         };
         let mut command = Command::new("setpriv");
@@ -225,7 +241,7 @@ impl Control {
             if let Some(status) = guest.try_wait()? {
                 return Ok((status, frozen));
             }
-            let tells = fs::read(self.0.join("alive")).unwrap_or_default();
+            let tells = fs::read(self.0.join(ALIVE)).unwrap_or_default();
             if tells != told {
                 (told, since) = (tells, Instant::now());
             }

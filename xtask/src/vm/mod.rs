@@ -16,7 +16,7 @@ use std::{process::Command, time::Duration};
 use anyhow::ensure;
 
 pub(crate) use self::{
-    guest::{Frozen, Guest, sweep},
+    guest::{Guest, NoGuest, sweep},
     kernel::Kernel,
 };
 use crate::setup::{self, Purpose};
