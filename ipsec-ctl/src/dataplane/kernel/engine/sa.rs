@@ -15,8 +15,8 @@ use crate::{
             policies::Receiving,
         },
         seam::{
-            ChildId, Direction, Event, Ledger, Lifetime, LifetimeKind, Mode, Outer, Rejected, SaId,
-            SaSpec, SelectorPair, TunnelId,
+            ChildId, Direction, Event, Ledger, Lifetime, LifetimeKind, Mode, Nic, NicOffload,
+            Offload, Outer, Rejected, SaId, SaSpec, SelectorPair, TunnelId,
         },
         xdp::slow::monotonic_seconds,
     },
@@ -48,6 +48,29 @@ pub(super) struct Sa {
 }
 
 impl Sa {
+    /// One that the kernel carries alone, as far as is known before its state is added.
+    fn new(spec: &SaSpec, selectors: SelectorPair, state: &State, offload: Offload) -> Self {
+        Self {
+            tunnel: spec.tunnel,
+            child: spec.child,
+            direction: spec.direction,
+            spi: spec.spi,
+            suite: spec.suite,
+            outer: spec.outer,
+            selectors,
+            reqid: state.reqid,
+            state: state.id(),
+            ledger: Ledger {
+                sa: spec.id,
+                offload,
+                nic: None,
+            },
+            card: None,
+            inner_mtu: None,
+            lifetime: spec.lifetime,
+        }
+    }
+
     /// Our address and port and the peer's, if ESP comes in UDP.
     pub(super) fn pair(&self) -> Option<(SocketAddr, SocketAddr)> {
         let encap = self.outer.encap?;
@@ -59,6 +82,7 @@ impl Sa {
 }
 
 impl Inner {
+    /// Gives the kernel an SA, and has policies lead its traffic into it.
     pub(super) async fn install(
         &self,
         all: &mut Everything,
@@ -73,93 +97,101 @@ impl Inner {
         let tunnel = tunnel
             .filter(|tunnel| tunnel.has_child(spec.child))
             .ok_or(Rejected::UnknownTunnel)?;
+        self.can_carry(tunnel, spec)?;
+        let mut state = state(spec, tunnel, reqid, self.lodge.mark(), &spec.keys)?;
+        let mut sa = Sa::new(spec, selectors, &state, tunnel.offload());
+        let wanted = tunnel.spec.offload;
+        sa.inner_mtu = self.inner_mtu(&sa, spec).await;
+        sa.ledger.nic = self.add_with_socket(all, &sa, &mut state, wanted).await?;
+        let card = state.card.filter(|card| card.packet);
+        sa.card = card.map(|card| card.device);
+        self.enter(all, sa);
+        self.lead_in(all, spec, &mut state)?;
+        if spec.direction == Direction::Outbound {
+            self.fit_mtu(all, spec.tunnel).await;
+        }
+        let sa = all.sas.get(&spec.id).ok_or(Rejected::UnknownSa)?;
+        Ok(sa.ledger.clone())
+    }
+
+    /// Whether the kernel can do what an SA of a tunnel needs.
+    fn can_carry(&self, tunnel: &Tunnel, spec: &SaSpec) -> Result<(), Rejected> {
         if tunnel.spec.mode == Mode::Transport && spec.outer.encap.is_some() {
             return Err(Rejected::by_kernel(
                 "install an SA in transport mode",
                 &"it does not go in UDP",
             ));
         }
-        if let Some((_, reason)) = self
-            .capabilities
-            .lacking
-            .iter()
-            .find(|(suite, _)| *suite == spec.suite)
-        {
-            return Err(Rejected::by_kernel("use these algorithms", reason));
+        let mut lacking = self.capabilities.lacking.iter();
+        match lacking.find(|(suite, _)| *suite == spec.suite) {
+            Some((_, reason)) => Err(Rejected::by_kernel("use these algorithms", reason)),
+            None => Ok(()),
         }
-        let mut state = state(spec, tunnel, reqid, self.lodge.mark(), &spec.keys)?;
-        let wanted = tunnel.spec.offload;
-        let mut sa = Sa {
-            tunnel: spec.tunnel,
-            child: spec.child,
-            direction: spec.direction,
-            spi: spec.spi,
-            suite: spec.suite,
-            outer: spec.outer,
-            selectors,
-            reqid,
-            state: state.id(),
-            ledger: Ledger {
-                sa: spec.id,
-                offload: tunnel.offload(),
-                nic: None,
-            },
-            card: None,
-            inner_mtu: None,
-            lifetime: spec.lifetime,
-        };
-        sa.inner_mtu = self.inner_mtu(&sa, spec).await;
-        if let Some(pair) = sa.pair() {
+    }
+
+    /// Adds the state of an SA, with a socket for what comes to it in UDP; tells what a card does of it.
+    async fn add_with_socket(
+        &self,
+        all: &mut Everything,
+        sa: &Sa,
+        state: &mut State,
+        wanted: NicOffload,
+    ) -> Result<Option<Nic>, Rejected> {
+        let pair = sa.pair();
+        if let Some(pair) = pair {
             all.sockets
                 .take(pair, &self.lodge)
                 .map_err(|error| Rejected::by_kernel("open a socket for ESP in UDP", &error))?;
         }
-        let (pair, direction) = (sa.pair(), sa.direction);
-        let added = self.add_state(&mut state, direction, wanted, &spec.outer);
-        match added.await {
-            Ok(nic) => sa.ledger.nic = nic,
-            Err(error) => {
-                if let Some(pair) = pair {
-                    all.sockets.leave(pair);
-                }
-                return Err(match error.errno {
-                    Some(libc::EEXIST) => Rejected::Exists,
-                    _ => error.into(),
-                });
+        let added = self.add_state(state, sa.direction, wanted, &sa.outer);
+        added.await.map_err(|error| {
+            if let Some(pair) = pair {
+                all.sockets.leave(pair);
             }
-        }
-        let card = state.card.filter(|card| card.packet);
-        sa.card = card.map(|card| card.device);
+            match error.errno {
+                Some(libc::EEXIST) => Rejected::Exists,
+                _ => error.into(),
+            }
+        })
+    }
+
+    /// Notes an SA whose state the kernel has.
+    fn enter(&self, all: &mut Everything, sa: Sa) {
+        let (id, tunnel, child, direction) = (sa.ledger.sa, sa.tunnel, sa.child, sa.direction);
         if direction == Direction::Inbound {
-            self.lodge.pass(spec.spi, spec.outer.local);
-            self.lodge.know_peer(spec.outer.remote);
+            self.lodge.pass(sa.spi, sa.outer.local);
+            self.lodge.know_peer(sa.outer.remote);
         }
-        all.sas.insert(spec.id, sa);
+        all.sas.insert(id, sa);
         if direction == Direction::Outbound
-            && let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel)
+            && let Some(tunnel) = all.tunnels.get_mut(&tunnel)
         {
-            tunnel.sends(spec.child, spec.id);
+            tunnel.sends(child, id);
         }
-        // The policies move the traffic, in one step.
+    }
+
+    /// Has policies move the traffic to a new SA, in one step. One that cannot have it is forgotten.
+    fn lead_in(
+        &self,
+        all: &mut Everything,
+        spec: &SaSpec,
+        state: &mut State,
+    ) -> Result<(), Rejected> {
+        let is_on_card = state.card.is_some_and(|card| card.packet);
         let applied = match self.apply(all, spec.tunnel) {
-            Err(rejected) if card.is_some() => self
-                .take_from_card(all, spec.id, &mut state, rejected.to_string())
+            Err(rejected) if is_on_card => self
+                .take_from_card(all, spec.id, state, rejected.to_string())
                 .and_then(|()| self.apply(all, spec.tunnel)),
             other => other,
         };
-        if let Err(rejected) = applied {
+        if applied.is_err() {
             if let Some(tunnel) = all.tunnels.get_mut(&spec.tunnel) {
                 tunnel.sends_no_more(spec.id);
             }
             self.forget(all, spec.id);
             let _ = self.apply(all, spec.tunnel);
-            return Err(rejected);
         }
-        if direction == Direction::Outbound {
-            self.fit_mtu(all, spec.tunnel).await;
-        }
-        let sa = all.sas.get(&spec.id).ok_or(Rejected::UnknownSa)?;
-        Ok(sa.ledger.clone())
+        applied
     }
 
     /// Removes an SA that may be gone already.
