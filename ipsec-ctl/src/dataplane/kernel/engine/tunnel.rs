@@ -91,7 +91,24 @@ impl Tunnel {
     }
 }
 
+/// A device, as the kernel's IPsec knows it.
+struct Interface {
+    if_id: u32,
+    index: u32,
+    policies: BTreeSet<Policy>,
+}
+
+impl Interface {
+    /// That of a tunnel without a device.
+    const NONE: Self = Self {
+        if_id: NO_IF_ID,
+        index: 0,
+        policies: BTreeSet::new(),
+    };
+}
+
 impl Inner {
+    /// Creates a tunnel, or changes what differs from before; SAs stay.
     pub(super) async fn set_tunnel(
         &self,
         all: &mut Everything,
@@ -99,70 +116,33 @@ impl Inner {
         reason: KernelReason,
         place: Place,
     ) -> Result<(), Rejected> {
-        if spec.df == Df::Set {
-            return Err(Rejected::by_kernel(
-                "set up the tunnel",
-                &"the kernel cannot always set the don't-fragment bit: use df = \"copy\" or engine = \"xdp\"",
-            ));
-        }
         let id = spec.id;
-        let alone = self
-            .capabilities
-            .policies_alone(spec.mode, spec.policy_based);
-        if let Some(reason) = alone {
-            can_do_without_device(&spec, reason)?;
-            let policies = blocked(&spec).map_err(inexpressible(&spec))?;
-            if all.shared.is_taken(id, &policies) {
-                return Err(Rejected::by_kernel(
-                    &format!("set up {} by policies alone", spec.name),
-                    &"another tunnel without a device has the same selectors",
-                ));
-            }
-        }
+        let alone = self.judge_tunnel(all, &spec)?;
         if all.tunnels.get(&id).is_some_and(|old| old.alone != alone) {
             self.remove_tunnel(all, id).await?;
         }
         let old = all.tunnels.remove(&id);
-        if let Some(old) = &old
-            && old.has_device()
-            && old.spec.device != spec.device
-        {
-            self.netlink.remove_link(old.ifindex).await?;
-        }
-        let (if_id, policies) = match (&old, alone) {
-            (_, Some(_)) => (NO_IF_ID, BTreeSet::new()),
-            (Some(old), None) if old.spec.device == spec.device => {
-                (old.if_id, old.policies.clone())
-            }
-            (Some(_) | None, None) => self.create(all, &spec.device).await?,
+        let interface = match alone {
+            Some(_) => Interface::NONE,
+            None => self.interface(all, &spec, old.as_ref()).await?,
         };
-        let is_new = old.as_ref().is_none_or(|old| old.if_id != if_id);
-        let ifindex = match alone {
-            Some(_) => 0,
-            None => {
-                let link = self.netlink.link(&spec.device).await?;
-                let gone = || Rejected::by_kernel("look the xfrm interface up", &"it is gone");
-                link.ok_or_else(gone)?.index
-            }
-        };
-        let mut reqids: BTreeMap<ChildId, u32> = old
-            .as_ref()
-            .map(|old| old.reqids.clone())
+        let is_new = old.as_ref().is_none_or(|old| old.if_id != interface.if_id);
+        let (mut reqids, outbound) = old
+            .map(|old| (old.reqids, old.outbound))
             .unwrap_or_default();
         for child in &spec.children {
             reqids.entry(child.id).or_insert_with(|| all.new_reqid());
         }
-        let outbound = old.map(|old| old.outbound).unwrap_or_default();
         let tunnel = Tunnel {
             reason,
             alone,
             place,
-            if_id,
-            ifindex,
+            if_id: interface.if_id,
+            ifindex: interface.index,
             mtu: spec.mtu.unwrap_or(MTU_WITHOUT_SA),
             reqids,
             outbound,
-            policies,
+            policies: interface.policies,
             spec,
         };
         all.tunnels.insert(id, tunnel);
@@ -173,13 +153,65 @@ impl Inner {
         } else if is_new {
             // Those of a former life: nobody knows any more which SAs they were. After the policies that named them, for a
             // packet that meets a policy without its state makes the kernel ask for one.
-            for state in all.former.take_states(if_id) {
+            for state in all.former.take_states(interface.if_id) {
                 let _ = self.xfrm.remove_state(&state);
             }
         }
         self.bring_up(all, id).await?;
         self.fit_mtu(all, id).await;
         Ok(())
+    }
+
+    /// Why a tunnel gets no device, if it gets none. Refuses one that cannot be as it is configured.
+    fn judge_tunnel(
+        &self,
+        all: &Everything,
+        spec: &TunnelSpec,
+    ) -> Result<Option<PoliciesReason>, Rejected> {
+        if spec.df == Df::Set {
+            return Err(Rejected::by_kernel(
+                "set up the tunnel",
+                &"the kernel cannot always set the don't-fragment bit: use df = \"copy\" or engine = \"xdp\"",
+            ));
+        }
+        let alone = self
+            .capabilities
+            .policies_alone(spec.mode, spec.policy_based);
+        if let Some(reason) = alone {
+            can_do_without_device(spec, reason)?;
+            let policies = blocked(spec).map_err(inexpressible(spec))?;
+            if all.shared.is_taken(spec.id, &policies) {
+                return Err(Rejected::by_kernel(
+                    &format!("set up {} by policies alone", spec.name),
+                    &"another tunnel without a device has the same selectors",
+                ));
+            }
+        }
+        Ok(alone)
+    }
+
+    /// The interface of a tunnel that has one: the same as before, unless its device has another name now.
+    async fn interface(
+        &self,
+        all: &mut Everything,
+        spec: &TunnelSpec,
+        old: Option<&Tunnel>,
+    ) -> Result<Interface, Rejected> {
+        let (if_id, policies) = match old {
+            Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
+            Some(old) => {
+                self.netlink.remove_link(old.ifindex).await?;
+                self.create(all, &spec.device).await?
+            }
+            None => self.create(all, &spec.device).await?,
+        };
+        let link = self.netlink.link(&spec.device).await?;
+        let gone = || Rejected::by_kernel("look the xfrm interface up", &"it is gone");
+        Ok(Interface {
+            if_id,
+            index: link.ok_or_else(gone)?.index,
+            policies,
+        })
     }
 
     /// Creates the device, or takes over the one that a former life has left; returns its number and its policies.
