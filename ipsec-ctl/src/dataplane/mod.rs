@@ -1,5 +1,6 @@
 //! The data plane: the protocol that the daemon speaks ([`seam`]), the door it comes in by ([`plane`]), and what is behind.
 
+mod device;
 pub mod engines;
 pub mod kernel;
 pub mod link;

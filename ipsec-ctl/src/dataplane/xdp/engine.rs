@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     dataplane::{
+        device,
         pace::Pace,
         routing::{Place, Routing},
         seam::{
@@ -49,7 +50,6 @@ use crate::{
     net::{
         netfilter,
         netlink::{Link, Netlink, NetlinkError},
-        sysctl,
         tun::Tun,
         watch,
     },
@@ -338,47 +338,15 @@ impl Engine {
 impl Inner {
     async fn set_tunnel(&self, spec: TunnelSpec, place: Place) -> Result<(), Rejected> {
         let mut control = self.control.lock().await;
-        let kept = match control.tunnels.get(&spec.id) {
-            // A daemon that comes back tells all of them.
-            Some(old) if old.spec == spec && old.place == place => return Ok(()),
-            Some(old) if old.spec.device == spec.device => Some(Arc::clone(&old.tun)),
-            Some(old) => {
-                let _ = old.tun.remove();
-                None
-            }
-            None => None,
-        };
-        let tun = match kept {
-            Some(tun) => tun,
-            None => {
-                let opened = match place {
-                    Place::InUse => Tun::open(&spec.device),
-                    Place::Aside => Tun::open_fleeting(&spec.device),
-                };
-                let failed = |error| Rejected::by_kernel("open the TUN device", &error);
-                Arc::new(opened.map_err(failed)?)
-            }
-        };
-        let link = self
-            .netlink
-            .link(&spec.device)
-            .await?
-            .ok_or_else(|| Rejected::by_kernel("look the TUN device up", &"it is gone"))?;
-        if !spec
-            .routing
-            .addresses
-            .iter()
-            .any(|net| net.addr().is_ipv6())
-        {
-            // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
-            let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
+        let old = control.tunnels.get(&spec.id);
+        // A daemon that comes back tells all of them.
+        if old.is_some_and(|old| old.spec == spec && old.place == place) {
+            return Ok(());
         }
-        self.netlink.set_up(link.index).await?;
-        for &address in &spec.routing.addresses {
-            self.netlink.add_address(link.index, address).await?;
-        }
+        let tun = tun(old, &spec, place)?;
+        let ifindex = self.bring_up(&spec).await?;
         let mtu = spec.mtu.unwrap_or(MTU_WITHOUT_SA);
-        let tunnel = self.tables.set_tunnel(&spec, link.index, mtu);
+        let tunnel = self.tables.set_tunnel(&spec, ifindex, mtu);
         let device = Device {
             tunnel: Arc::clone(&tunnel),
             tun: Arc::clone(&tun),
@@ -390,21 +358,14 @@ impl Inner {
         if place == Place::InUse {
             control
                 .routing
-                .set(spec.id.0, &spec.device, Some(link.index), &spec.routing);
+                .set(spec.id.0, &spec.device, Some(ifindex), &spec.routing);
             // At once: the first packet may come before the keeper does.
             control.routing.protect(spec.id.0).await?;
         }
         // Whatever it was before, the device gets the MTU that is computed for it.
         self.set_device_mtu(&tunnel, self.slow.path_mtus.device_mtu(&tunnel))
             .await;
-        let changed = {
-            let mut fast = self.fast();
-            for peer in &spec.routing.peers {
-                fast.know_peer(*peer);
-            }
-            fast.set_tunnel(&tunnel, spec.fast_path)
-        };
-        self.report(changed);
+        self.enter_fast_path(&spec, &tunnel);
         let id = spec.id;
         let configured = Configured {
             spec,
@@ -415,6 +376,28 @@ impl Inner {
         control.tunnels.insert(id, configured);
         self.dirty.notify_one();
         Ok(())
+    }
+
+    /// Sets the device of a tunnel up, with its addresses; tells its index.
+    async fn bring_up(&self, spec: &TunnelSpec) -> Result<u32, Rejected> {
+        let link = self
+            .netlink
+            .link(&spec.device)
+            .await?
+            .ok_or_else(|| Rejected::by_kernel("look the TUN device up", &"it is gone"))?;
+        device::bring_up(&self.netlink, link.index, spec).await?;
+        Ok(link.index)
+    }
+
+    fn enter_fast_path(&self, spec: &TunnelSpec, tunnel: &Arc<Tunnel>) {
+        let changed = {
+            let mut fast = self.fast();
+            for peer in &spec.routing.peers {
+                fast.know_peer(*peer);
+            }
+            fast.set_tunnel(tunnel, spec.fast_path)
+        };
+        self.report(changed);
     }
 
     async fn remove_tunnel(&self, id: TunnelId) -> Result<(), Rejected> {
@@ -659,6 +642,22 @@ impl Inner {
                 .await;
         }
     }
+}
+
+/// The device of a tunnel: the same as before, unless it has another name now.
+fn tun(old: Option<&Configured>, spec: &TunnelSpec, place: Place) -> Result<Arc<Tun>, Rejected> {
+    if let Some(old) = old {
+        if old.spec.device == spec.device {
+            return Ok(Arc::clone(&old.tun));
+        }
+        let _ = old.tun.remove();
+    }
+    let opened = match place {
+        Place::InUse => Tun::open(&spec.device),
+        Place::Aside => Tun::open_fleeting(&spec.device),
+    };
+    let failed = |error| Rejected::by_kernel("open the TUN device", &error);
+    opened.map(Arc::new).map_err(failed)
 }
 
 /// Follows the kernel's notifications until the engine stops.

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     dataplane::{
+        device,
         kernel::{
             host::{self, Protected},
             policies::{ChildPlan, Sending, backstops, covers_ipv6, plan},
@@ -22,7 +23,7 @@ use crate::{
         },
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
-    net::{sysctl, xfrm::Policy},
+    net::xfrm::Policy,
 };
 
 /// A tunnel.
@@ -258,15 +259,7 @@ impl Inner {
             return Ok(());
         }
         let (spec, index) = (&tunnel.spec, tunnel.ifindex);
-        let addresses = &spec.routing.addresses;
-        if !addresses.iter().any(|net| net.addr().is_ipv6()) {
-            // 1 is "none": no link-local address appears. A kernel without IPv6 lacks the setting.
-            let _ = sysctl::set(&["net", "ipv6", "conf", &spec.device, "addr_gen_mode"], "1");
-        }
-        self.netlink.set_up(index).await?;
-        for &address in addresses {
-            self.netlink.add_address(index, address).await?;
-        }
+        device::bring_up(&self.netlink, index, spec).await?;
         if tunnel.place == Place::Aside {
             return Ok(());
         }
