@@ -30,7 +30,7 @@ use super::{
     inbound::InboundPipeline,
     outbound::OutboundPipeline,
     path_mtu::{MTU_WITHOUT_SA, PathMtus},
-    program::Program,
+    program::{Program, ProgramError},
     resolver::Resolver,
     slow::{SlowPath, Threads, devices::Device, monotonic_seconds, sockets::Sockets},
     table::{Tables, Tunnel},
@@ -78,6 +78,44 @@ pub struct Engine {
     keeper: JoinHandle<()>,
 }
 
+/// Names the step that has failed.
+fn at(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError { step, source }
+}
+
+/// Something that the fast path needs. Without it the slow path does all of the work.
+fn for_fast_path<T>(made: Result<T, ProgramError>) -> Option<T> {
+    made.inspect_err(|error| tracing::warn!(%error, "there will be no fast path; `ipsec-ctl probe` tells what is missing"))
+        .ok()
+}
+
+/// Where SAs count: in an array of the program's, which outlives the process, if there is a program.
+fn words(program: Option<&Program>) -> io::Result<Arc<WordsArray>> {
+    match program {
+        Some(program) => WordsArray::of_bpf_array(program.words()?, SA_SLOTS),
+        None => WordsArray::anonymous(SA_SLOTS),
+    }
+}
+
+/// The slow path, with the sockets of IKE and ESP.
+fn slow_path(
+    config: &EngineConfig,
+    shared: &Shared,
+    events: &Events,
+) -> Result<Arc<SlowPath>, StartError> {
+    let sockets = Sockets::open(config.ike_port, config.nat_port, config.mark)
+        .map_err(at("open the sockets of IKE and ESP"))?;
+    let slow = SlowPath::new(
+        sockets,
+        shared.outbound.clone(),
+        shared.inbound.clone(),
+        Arc::new(PathMtus::default()),
+        Arc::clone(&shared.tables),
+        events.clone(),
+    );
+    slow.map(Arc::new).map_err(at("prepare the slow path"))
+}
+
 struct Inner {
     config: EngineConfig,
     tables: Arc<Tables>,
@@ -114,42 +152,21 @@ impl Engine {
     ///
     /// [`StartError`].
     pub async fn start(config: EngineConfig) -> Result<(Self, mpsc::Receiver<Event>), StartError> {
-        let at = |step| move |source| StartError { step, source };
         let (events, receiver) = Events::channel(EVENT_QUEUE);
-        let program = Program::load(&config.instance)
-            .inspect_err(|error| tracing::warn!(%error, "there will be no fast path; `ipsec-ctl probe` tells what is missing"))
-            .ok();
-        let words = match &program {
-            Some(program) => program
-                .words()
-                .and_then(|array| WordsArray::of_bpf_array(array, SA_SLOTS)),
-            None => WordsArray::anonymous(SA_SLOTS),
-        }
-        .map_err(at("map memory for SAs"))?;
+        let program = for_fast_path(Program::load(&config.instance));
+        let words = words(program.as_ref()).map_err(at("map memory for SAs"))?;
         let tables = Arc::new(Tables::new(words));
         let shared = Shared {
             tables: Arc::clone(&tables),
             outbound: OutboundPipeline::new(events.clone()),
             inbound: InboundPipeline::new(Arc::clone(&tables), events.clone()),
         };
-        let sockets = Sockets::open(config.ike_port, config.nat_port, config.mark)
-            .map_err(at("open the sockets of IKE and ESP"))?;
-        let slow = SlowPath::new(
-            sockets,
-            shared.outbound.clone(),
-            shared.inbound.clone(),
-            Arc::new(PathMtus::default()),
-            Arc::clone(&tables),
-            events.clone(),
-        )
-        .map_err(at("prepare the slow path"))?;
-        let slow = Arc::new(slow);
+        let slow = slow_path(&config, &shared, &events)?;
         let resolver = Resolver::start(Arc::clone(&tables), config.mark)
             .map_err(at("open a netlink socket"))?;
         let carrier = program.and_then(|program| {
-            Carrier::new(program, &config, shared, resolver, Arc::clone(&slow))
-                .inspect_err(|error| tracing::warn!(%error, "there will be no fast path; `ipsec-ctl probe` tells what is missing"))
-                .ok()
+            let exit = Arc::clone(&slow);
+            for_fast_path(Carrier::new(program, &config, shared, resolver, exit))
         });
         let netlink = Netlink::open().map_err(at("open a netlink socket"))?;
         let changes = watch::start().map_err(at("watch links and routes"))?;
