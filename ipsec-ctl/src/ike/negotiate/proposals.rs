@@ -6,10 +6,12 @@ use crate::ike::{
     crypto::{
         ChildSuite, Encryption, Esn, EspProposal, Group, IkeProposal, IkeSuite, Integrity, Prf,
     },
+    exchange::Notifies,
     message::{
         IkeSpi,
         payload::{
-            Attribute, KeyLength, Proposal, Protocol, SecurityAssociation, Transform, TransformType,
+            Attribute, KeyLength, NotifyType, Proposal, Protocol, SecurityAssociation, Transform,
+            TransformType,
         },
     },
 };
@@ -349,6 +351,21 @@ fn pick_child_group(ours: &[Group], offer: &Proposal<'_>, first: bool) -> Option
             .any(|offered| offered.kind == TransformType::KEY_EXCHANGE && offered.id == NONE)
             .then_some(None),
     }
+}
+
+/// The group that a responder asks for instead of ours, if it is one that we offer.
+// RFC 7296 section 1.3: INVALID_KE_PAYLOAD names it in two bytes. Section 2.7: a group that we did not offer may be an
+// attacker's wish.
+pub fn wanted_group<'a>(
+    notifies: &Notifies<'_>,
+    offered: impl IntoIterator<Item = &'a Group>,
+) -> Option<Group> {
+    let data = notifies.find(NotifyType::INVALID_KE_PAYLOAD)?.data;
+    let wanted = u16::from_be_bytes(data.try_into().ok()?);
+    offered
+        .into_iter()
+        .copied()
+        .find(|group| group.id() == wanted)
 }
 
 /// An offer in the users' notation, with numbers for what we do not know.

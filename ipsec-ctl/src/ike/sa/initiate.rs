@@ -290,19 +290,8 @@ impl IkeSa {
             }
             return;
         }
-        if let Some(invalid) = notifies.find(NotifyType::INVALID_KE_PAYLOAD) {
-            let wanted = <[u8; 2]>::try_from(invalid.data)
-                .ok()
-                .map(u16::from_be_bytes);
-            let group = self.peer_config(shared).and_then(|peer| {
-                peer.proposals
-                    .iter()
-                    .flat_map(|proposal| &proposal.groups)
-                    .copied()
-                    .find(|group| Some(group.id()) == wanted)
-            });
-            // RFC 7296 section 2.7: a group that we did not offer may be an attacker's wish.
-            if let Some(group) = group
+        if notifies.has(NotifyType::INVALID_KE_PAYLOAD) {
+            if let Some(group) = self.wanted_group(shared, notifies)
                 && self.private.as_ref().map(PrivateKey::group) != Some(group)
             {
                 self.detours += 1;
@@ -328,6 +317,12 @@ impl IkeSa {
         };
         self.fail(shared, Stage::Init, reason, detail);
         self.close(shared, DownReason::Protocol, Closed::Failed);
+    }
+
+    /// The group that the peer asks for instead, if it is among those that we offer for an IKE SA.
+    pub(super) fn wanted_group(&self, shared: &Shared, notifies: &Notifies<'_>) -> Option<Group> {
+        let ours = &self.peer_config(shared)?.proposals;
+        proposals::wanted_group(notifies, ours.iter().flat_map(|proposal| &proposal.groups))
     }
 
     /// Compares the hashes of addresses that the peer sent with those that we see.

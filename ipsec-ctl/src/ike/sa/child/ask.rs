@@ -334,21 +334,12 @@ impl IkeSa {
         notifies: &Notifies<'_>,
     ) {
         let error = notifies.error();
-        if error == Some(NotifyType::INVALID_KE_PAYLOAD) {
-            let wanted = notifies
-                .find(NotifyType::INVALID_KE_PAYLOAD)
-                .and_then(|notify| <[u8; 2]>::try_from(notify.data).ok())
-                .map(u16::from_be_bytes);
-            let group = pending
-                .proposals
-                .iter()
-                .flat_map(|proposal| &proposal.groups)
-                .copied()
-                .find(|group| Some(group.id()) == wanted);
-            if let (Some(group), 0) = (group, pending.detours) {
-                pending.detours += 1;
-                return self.begin_child(shared, now, pending, Some(group));
-            }
+        if error == Some(NotifyType::INVALID_KE_PAYLOAD)
+            && pending.detours == 0
+            && let Some(group) = proposals::wanted_group(notifies, pending.groups())
+        {
+            pending.detours += 1;
+            return self.begin_child(shared, now, pending, Some(group));
         }
         shared.release_pending(Some(pending.spi_in));
         if let Some(replaces) = &pending.replaces

@@ -238,13 +238,14 @@ impl PendingChild {
         }
     }
 
+    /// The groups in our proposals, in order.
+    pub(in crate::ike::sa) fn groups(&self) -> impl Iterator<Item = &Group> {
+        self.proposals.iter().flat_map(|proposal| &proposal.groups)
+    }
+
     /// The group that comes first in our proposals.
     pub(in crate::ike::sa) fn first_group(&self) -> Option<Group> {
-        self.proposals
-            .iter()
-            .flat_map(|proposal| &proposal.groups)
-            .copied()
-            .next()
+        self.groups().next().copied()
     }
 
     pub(in crate::ike::sa) fn spi_of(answer: Option<&ChildAnswer>) -> [u8; 4] {

@@ -66,8 +66,8 @@ impl IkeSa {
             rival: None,
         });
         // The first child has had no group; its peer may take any of ours.
-        let offered = pending.proposals.iter().flat_map(|one| &one.groups);
-        let group = offered
+        let group = pending
+            .groups()
             .copied()
             .find(|group| Some(*group) == old.group)
             .or_else(|| pending.first_group());

@@ -13,7 +13,7 @@ use super::{
     lowest,
 };
 use crate::ike::{
-    crypto::{Group, IkeSuite, ke::PrivateKey, keys::Nonces},
+    crypto::{IkeSuite, ke::PrivateKey, keys::Nonces},
     endpoint::Shared,
     event::{DownReason, Event, FailureReason, IkeSaId, IkeUp, Stage},
     exchange::{ChildResponse, Notifies},
@@ -527,18 +527,6 @@ impl IkeSa {
             Theirs::Refuses
         };
         self.cannot_rekey_ike(shared, now, &pending, theirs);
-    }
-
-    /// The group that the peer wants, if it is among what we offer.
-    fn wanted_group(&self, shared: &Shared, notifies: &Notifies<'_>) -> Option<Group> {
-        let data = notifies.find(NotifyType::INVALID_KE_PAYLOAD)?.data;
-        let wanted = u16::from_be_bytes(data.try_into().ok()?);
-        self.peer_config(shared)?
-            .proposals
-            .iter()
-            .flat_map(|proposal| &proposal.groups)
-            .copied()
-            .find(|group| group.id() == wanted)
     }
 
     fn cannot_rekey_ike(
