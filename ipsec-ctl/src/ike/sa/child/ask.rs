@@ -326,6 +326,7 @@ impl IkeSa {
         }
     }
 
+    /// The peer does not agree to a child, or not to one like this.
     pub(in crate::ike::sa) fn child_refused(
         &mut self,
         shared: &mut Shared,
@@ -347,19 +348,43 @@ impl IkeSa {
         {
             return;
         }
-        // RFC 7296 section 2.9: the peer takes one pair of selectors in each child, so each pair gets its own.
         if error == Some(NotifyType::SINGLE_PAIR_REQUIRED) && pending.part == Part::Whole {
-            let pairs = (0..pending.local.len())
-                .flat_map(|local| (0..pending.remote.len()).map(move |remote| (local, remote)));
-            let child = pending.child;
-            self.tasks
-                .extend(pairs.map(|(local, remote)| Task::Pair(child, local, remote)));
-            return;
+            return self.ask_for_each_pair(&pending);
         }
         // RFC 7296 section 2.25: the peer is at work on the IKE SA, and there is nothing wrong.
         if self.is_only_busy() {
             return self.child_not_had(shared, now, &pending.replaces);
         }
+        self.report_refusal(shared, &pending, error);
+        if error == Some(NotifyType::TEMPORARY_FAILURE) {
+            return self.leave_busy_peer(shared, now);
+        }
+        self.child_not_had(shared, now, &pending.replaces);
+        // RFC 7296 section 1.3: where the peer takes no more, another IKE SA does. One that still carries something stays.
+        let is_full = error == Some(NotifyType::NO_ADDITIONAL_SAS);
+        let is_of_use = !self.children.is_empty() || self.is_as_young(now);
+        if is_full && !is_of_use && self.can_call_peer(shared) {
+            self.ask_for_replacement(shared, now);
+        }
+    }
+
+    /// The peer takes no more selectors than one pair in each child, so each pair gets its own.
+    // RFC 7296 section 2.9: this is what SINGLE_PAIR_REQUIRED asks for.
+    fn ask_for_each_pair(&mut self, pending: &PendingChild) {
+        let pairs = (0..pending.local.len())
+            .flat_map(|local| (0..pending.remote.len()).map(move |remote| (local, remote)));
+        let child = pending.child;
+        self.tasks
+            .extend(pairs.map(|(local, remote)| Task::Pair(child, local, remote)));
+    }
+
+    /// Tells the operator why the peer refuses a child, and what it was offered.
+    fn report_refusal(
+        &self,
+        shared: &mut Shared,
+        pending: &PendingChild,
+        error: Option<NotifyType>,
+    ) {
         let reason = match error {
             Some(NotifyType::NO_PROPOSAL_CHOSEN) => FailureReason::PeerRefusedProposals,
             Some(NotifyType::TS_UNACCEPTABLE) => FailureReason::PeerRefusedSelectors,
@@ -375,15 +400,5 @@ impl IkeSa {
             selectors::describe(&pending.remote)
         );
         self.fail(shared, Stage::Child, reason, detail);
-        if error == Some(NotifyType::TEMPORARY_FAILURE) {
-            return self.leave_busy_peer(shared, now);
-        }
-        self.child_not_had(shared, now, &pending.replaces);
-        // RFC 7296 section 1.3: where the peer takes no more, another IKE SA does. One that still carries something stays.
-        let is_full = error == Some(NotifyType::NO_ADDITIONAL_SAS);
-        let is_of_use = !self.children.is_empty() || self.is_as_young(now);
-        if is_full && !is_of_use && self.can_call_peer(shared) {
-            self.ask_for_replacement(shared, now);
-        }
     }
 }
