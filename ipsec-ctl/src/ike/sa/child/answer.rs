@@ -33,9 +33,6 @@ struct Judged {
     narrowed: bool,
 }
 
-/// How a child is refused.
-type ChildRefusal = (NotifyType, Vec<u8>);
-
 impl IkeSa {
     /// Whether the peer gets no more children. What replaces another is there beside it for a while.
     // An honest peer has one child for each pair of selectors at the most.
@@ -55,9 +52,9 @@ impl IkeSa {
         offer: &ChildOffer<'_>,
         first: bool,
         replaces: Option<Replaced>,
-    ) -> Result<Judged, ChildRefusal> {
+    ) -> Result<Judged, NotifyType> {
         let Some(mut peer) = self.peer_config(shared).cloned() else {
-            return Err((NotifyType::NO_ADDITIONAL_SAS, Vec::new()));
+            return Err(NotifyType::NO_ADDITIONAL_SAS);
         };
         // What replaces a pair is of the same child.
         if let Some(old) = self
@@ -94,7 +91,7 @@ impl IkeSa {
                 FailureReason::WeRefusedSelectors,
                 detail,
             );
-            return Err((NotifyType::TS_UNACCEPTABLE, Vec::new()));
+            return Err(NotifyType::TS_UNACCEPTABLE);
         };
         let child = narrowed.child.clone();
         let Some(choice) = proposals::choose_child(&child.proposals, &offer.sa, first) else {
@@ -110,7 +107,7 @@ impl IkeSa {
                 FailureReason::WeRefusedProposals,
                 detail,
             );
-            return Err((NotifyType::NO_PROPOSAL_CHOSEN, Vec::new()));
+            return Err(NotifyType::NO_PROPOSAL_CHOSEN);
         };
         self.judge_mode(shared, &child, offer)?;
         let whole = selectors::all_covered(&narrowed.local, &local)
@@ -130,7 +127,7 @@ impl IkeSa {
         shared: &mut Shared,
         child: &ChildConfig,
         offer: &ChildOffer<'_>,
-    ) -> Result<(), ChildRefusal> {
+    ) -> Result<(), NotifyType> {
         let problem = match child.mode {
             // RFC 7296 section 1.3.1: transport mode is a wish, which an answer without the notify declines.
             Mode::Tunnel => return Ok(()),
@@ -141,7 +138,7 @@ impl IkeSa {
         let detail = format!("child {} is in transport mode, and {problem}", child.name);
         let reason = FailureReason::WeRefusedProposals;
         self.fail(shared, Stage::Child, reason, detail);
-        Err((NotifyType::NO_PROPOSAL_CHOSEN, Vec::new()))
+        Err(NotifyType::NO_PROPOSAL_CHOSEN)
     }
 
     /// Answers the child that came with IKE_AUTH; its keys come from the nonces of IKE_SA_INIT.
@@ -153,7 +150,7 @@ impl IkeSa {
     ) -> ChildAnswer {
         let judged = match self.judge_child(shared, offer, true, None) {
             Ok(judged) => judged,
-            Err((kind, data)) => return ChildAnswer::Refused(kind, data),
+            Err(notify) => return ChildAnswer::Refused(notify),
         };
         let agreed = judged.agreed(shared, Vec::new());
         let keys = self.child_keys(&agreed.suite, None, None);
@@ -205,8 +202,8 @@ impl IkeSa {
         };
         let judged = match self.judge_child(shared, offer, false, replaces) {
             Ok(judged) => judged,
-            Err((notify, data)) => {
-                return self.respond_notify(shared, now, kind, bytes, notify, &data);
+            Err(notify) => {
+                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
             }
         };
         let group = judged.choice.suite.group;

@@ -167,7 +167,7 @@ pub(in crate::ike::sa) enum ChildAnswer {
         narrowed: bool,
     },
     /// It is refused.
-    Refused(NotifyType, Vec<u8>),
+    Refused(NotifyType),
 }
 
 impl PendingChild {
@@ -251,7 +251,7 @@ impl PendingChild {
     pub(in crate::ike::sa) fn spi_of(answer: Option<&ChildAnswer>) -> [u8; 4] {
         match answer {
             Some(ChildAnswer::Agreed { agreed, .. }) => agreed.spi_in.to_be_bytes(),
-            Some(ChildAnswer::Refused(..)) | None => [0; 4],
+            Some(ChildAnswer::Refused(_)) | None => [0; 4],
         }
     }
 
@@ -262,8 +262,8 @@ impl PendingChild {
         payloads: &mut Vec<Payload<'a>>,
     ) {
         match answer {
-            ChildAnswer::Refused(kind, data) => {
-                payloads.push(Payload::Notify(Notify::new(*kind, data)));
+            ChildAnswer::Refused(kind) => {
+                payloads.push(Payload::Notify(Notify::new(*kind, &[])));
             }
             ChildAnswer::Agreed {
                 agreed,
