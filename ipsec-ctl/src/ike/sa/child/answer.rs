@@ -2,7 +2,7 @@
 
 use ipsec_common::TrafficSelector;
 
-use super::{Agreed, ChildAnswer, ChildJob, Waiting, transport_mode};
+use super::{Agreed, ChildAnswer, ChildJob, Sides, Waiting, transport_mode};
 use crate::ike::{
     config::{ChildConfig, Mode},
     crypto::{ke::PrivateKey, keys::Nonces},
@@ -53,61 +53,16 @@ impl IkeSa {
         first: bool,
         replaces: Option<Replaced>,
     ) -> Result<Judged, NotifyType> {
-        let Some(mut peer) = self.peer_config(shared).cloned() else {
-            return Err(NotifyType::NO_ADDITIONAL_SAS);
-        };
-        // What replaces a pair is of the same child.
-        if let Some(old) = self
-            .children
-            .iter()
-            .find(|old| Some(old.id) == replaces.map(|(sa, _)| sa))
-        {
-            peer.children.retain(|child| child.id == old.child);
-        }
+        let children = self.children_asked_for(shared, replaces);
+        let children = children.ok_or(NotifyType::NO_ADDITIONAL_SAS)?;
         let remote: Vec<_> = offer.ts_i.known().collect();
         let local: Vec<_> = offer.ts_r.known().collect();
-        let Some(narrowed) = selectors::choose(&peer.children, &local, &remote) else {
-            let policy: Vec<String> = peer
-                .children
-                .iter()
-                .map(|child| {
-                    format!(
-                        "{}: {} <-> {}",
-                        child.name,
-                        selectors::describe(&child.local),
-                        selectors::describe(&child.remote)
-                    )
-                })
-                .collect();
-            let detail = format!(
-                "the peer wants {} <-> {}, here are {}",
-                selectors::describe(&local),
-                selectors::describe(&remote),
-                policy.join("; ")
-            );
-            self.fail(
-                shared,
-                Stage::Child,
-                FailureReason::WeRefusedSelectors,
-                detail,
-            );
-            return Err(NotifyType::TS_UNACCEPTABLE);
+        let Some(narrowed) = selectors::choose(&children, &local, &remote) else {
+            return Err(self.refuse_selectors(shared, &children, (&local, &remote)));
         };
         let child = narrowed.child.clone();
         let Some(choice) = proposals::choose_child(&child.proposals, &offer.sa, first) else {
-            let detail = format!(
-                "child {}: the peer offers {}; {}",
-                child.name,
-                proposals::describe(&offer.sa),
-                proposals::nearest_child(&child.proposals, &offer.sa, first)
-            );
-            self.fail(
-                shared,
-                Stage::Child,
-                FailureReason::WeRefusedProposals,
-                detail,
-            );
-            return Err(NotifyType::NO_PROPOSAL_CHOSEN);
+            return Err(self.refuse_proposals(shared, &child, offer, first));
         };
         self.judge_mode(shared, &child, offer)?;
         let whole = selectors::all_covered(&narrowed.local, &local)
@@ -119,6 +74,72 @@ impl IkeSa {
             remote: narrowed.remote,
             child,
         })
+    }
+
+    /// The configured children that the peer may mean; none at all if the tunnel was removed.
+    fn children_asked_for(
+        &self,
+        shared: &Shared,
+        replaces: Option<Replaced>,
+    ) -> Option<Vec<ChildConfig>> {
+        let mut children = self.peer_config(shared)?.children.clone();
+        // What replaces a pair is of the same child.
+        if let Some(old) = self
+            .children
+            .iter()
+            .find(|old| Some(old.id) == replaces.map(|(sa, _)| sa))
+        {
+            children.retain(|child| child.id == old.child);
+        }
+        Some(children)
+    }
+
+    /// No configured child has selectors in common with those that the peer wants.
+    fn refuse_selectors(
+        &self,
+        shared: &mut Shared,
+        children: &[ChildConfig],
+        (local, remote): Sides<'_>,
+    ) -> NotifyType {
+        let policy: Vec<String> = children
+            .iter()
+            .map(|child| {
+                format!(
+                    "{}: {} <-> {}",
+                    child.name,
+                    selectors::describe(&child.local),
+                    selectors::describe(&child.remote)
+                )
+            })
+            .collect();
+        let detail = format!(
+            "the peer wants {} <-> {}, here are {}",
+            selectors::describe(local),
+            selectors::describe(remote),
+            policy.join("; ")
+        );
+        let reason = FailureReason::WeRefusedSelectors;
+        self.fail(shared, Stage::Child, reason, detail);
+        NotifyType::TS_UNACCEPTABLE
+    }
+
+    /// The peer offers no algorithms that a child may have.
+    fn refuse_proposals(
+        &self,
+        shared: &mut Shared,
+        child: &ChildConfig,
+        offer: &ChildOffer<'_>,
+        first: bool,
+    ) -> NotifyType {
+        let detail = format!(
+            "child {}: the peer offers {}; {}",
+            child.name,
+            proposals::describe(&offer.sa),
+            proposals::nearest_child(&child.proposals, &offer.sa, first)
+        );
+        let reason = FailureReason::WeRefusedProposals;
+        self.fail(shared, Stage::Child, reason, detail);
+        NotifyType::NO_PROPOSAL_CHOSEN
     }
 
     /// Whether a child that is in transport mode here is asked for in transport mode, and can have it.
