@@ -552,7 +552,7 @@ impl IkeSa {
                     self.give_up_heir(shared, pending);
                 }
                 ChildJob::Ike(IkeJob::Answer { spi, .. }) => shared.release_ike_spi(*spi),
-                ChildJob::Public(_) | ChildJob::Agree(..) | ChildJob::Answer { .. } => {
+                ChildJob::Public(_) | ChildJob::Agree(..) | ChildJob::Answer(_) => {
                     shared.release_pending(waiting.what.spi());
                 }
             }

@@ -156,11 +156,9 @@ impl IkeSa {
             return;
         };
         match waiting.what {
-            ChildJob::Answer {
-                agreed, replaces, ..
-            } => {
-                shared.release_pending(Some(agreed.spi_in));
-                self.forget_rival(now, replaces);
+            ChildJob::Answer(grant) => {
+                shared.release_pending(Some(grant.agreed.spi_in));
+                self.forget_rival(now, grant.replaces);
             }
             ChildJob::Ike(job) => shared.release_ike_spi(job.spi()),
             // What we ask for is not what we answer.

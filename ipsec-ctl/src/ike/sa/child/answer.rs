@@ -2,22 +2,23 @@
 
 use ipsec_common::TrafficSelector;
 
-use super::{Agreed, ChildAnswer, ChildJob, Sides, Waiting, transport_mode};
+use super::{Agreed, ChildAnswer, ChildJob, Grant, Sides, Waiting, transport_mode};
 use crate::ike::{
     config::{ChildConfig, Mode},
-    crypto::{ke::PrivateKey, keys::Nonces},
+    crypto::ke::PrivateKey,
     endpoint::{Origin, Shared},
     event::{FailureReason, Stage},
     exchange::{ChildOffer, ChildRequest, Notifies},
+    job::JobResult,
     message::{
         ExchangeType, Payload,
-        payload::{KeMethod, KeyExchange, Nonce, NotifyType, TrafficSelectors},
+        payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, TrafficSelectors},
     },
     negotiate::{
         proposals::{self, ChildChoice},
         selectors,
     },
-    sa::{IkeSa, initiate::NONCE_BYTES, rekey::Replaced},
+    sa::{IkeSa, State, initiate::NONCE_BYTES, rekey::Replaced},
     time::Time,
 };
 
@@ -184,6 +185,7 @@ impl IkeSa {
         }
     }
 
+    /// The peer asks for a child, or for an IKE SA that takes the place of this one.
     pub(in crate::ike::sa) fn child_request(
         &mut self,
         shared: &mut Shared,
@@ -201,14 +203,6 @@ impl IkeSa {
             ChildRequest::RekeyIke { sa, nonce, ke } => {
                 return self.ike_rekey_request(shared, now, bytes, (sa, nonce, ke));
             }
-            ChildRequest::Child { .. } if !self.takes_children(shared) => {
-                let notify = NotifyType::TEMPORARY_FAILURE;
-                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
-            }
-            ChildRequest::Child { notifies, .. } if self.has_most_children(notifies) => {
-                let notify = NotifyType::NO_ADDITIONAL_SAS;
-                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
-            }
             ChildRequest::Child {
                 offer,
                 nonce,
@@ -216,16 +210,10 @@ impl IkeSa {
                 notifies,
             } => (offer, nonce, ke, notifies),
         };
-        let replaces = match self.rekeyed_by_peer(shared, notifies) {
-            Ok(replaces) => replaces,
-            Err(notify) => {
-                return self.respond(shared, now, kind, bytes, &[Payload::Notify(notify)]);
-            }
-        };
-        let judged = match self.judge_child(shared, offer, false, replaces) {
+        let (judged, replaces) = match self.judge_request(shared, offer, notifies) {
             Ok(judged) => judged,
             Err(notify) => {
-                return self.respond_notify(shared, now, kind, bytes, notify, &[]);
+                return self.respond(shared, now, kind, bytes, &[Payload::Notify(notify)]);
             }
         };
         let group = judged.choice.suite.group;
@@ -237,54 +225,95 @@ impl IkeSa {
             return self.respond_notify(shared, now, kind, bytes, notify, &data);
         }
         let nonce_r = shared.random_bytes(NONCE_BYTES);
-        let agreed = judged.agreed(shared, nonce_r);
-        let nonces = Nonces {
-            initiator: nonce.bytes(),
-            responder: &agreed.nonce,
-        };
-        if let Some(replaced) = replaces {
-            self.note_rival(replaced, nonces);
-        }
-        let (child, number) = (judged.child.id, judged.choice.number);
-        let (Some(group), Some(ke)) = (group, ke) else {
-            let keys = self.child_keys(&agreed.suite, None, Some(nonces));
-            let how = (Origin::Answered, replaces);
-            let new = self.install(shared, now, child, &agreed, keys, how);
-            self.replaced_by_peer(now, replaces, new);
-            self.answer_child(shared, now, bytes, &agreed, number, &[]);
-            self.yield_to_twin(shared, new);
-            return self.next_task(shared, now);
-        };
-        let what = ChildJob::Answer {
+        let grant = Grant {
             request: bytes.to_vec(),
-            agreed,
-            child,
-            number,
+            agreed: judged.agreed(shared, nonce_r),
+            child: judged.child.id,
+            number: judged.choice.number,
             nonce_i: nonce.bytes().to_vec(),
             replaces,
         };
+        if let Some(replaced) = replaces {
+            self.note_rival(replaced, grant.nonces());
+        }
+        let (Some(group), Some(ke)) = (group, ke) else {
+            self.grant(shared, now, &grant, None, &[]);
+            return self.next_task(shared, now);
+        };
         let private = PrivateKey::generate(group, &mut *shared.random);
         let job = self.queue_job(shared, private, Some(ke.public.to_vec()), true);
+        let what = ChildJob::Answer(grant);
         self.answering = Some(Box::new(Waiting { job, what }));
     }
 
-    pub(super) fn answer_child(
+    /// What a request asks for, as far as we agree to it, and what it replaces; else the notify that refuses it.
+    fn judge_request<'a>(
+        &mut self,
+        shared: &mut Shared,
+        offer: &ChildOffer<'_>,
+        notifies: &Notifies<'a>,
+    ) -> Result<(Judged, Option<Replaced>), Notify<'a>> {
+        let refused = |kind| Notify::new(kind, &[]);
+        if !self.takes_children(shared) {
+            return Err(refused(NotifyType::TEMPORARY_FAILURE));
+        }
+        if self.has_most_children(notifies) {
+            return Err(refused(NotifyType::NO_ADDITIONAL_SAS));
+        }
+        let replaces = self.rekeyed_by_peer(shared, notifies)?;
+        let judged = self.judge_child(shared, offer, false, replaces);
+        Ok((judged.map_err(refused)?, replaces))
+    }
+
+    /// The key exchange of a child that the peer asks for is done, or the peer's public value is not valid.
+    pub(super) fn grant_computed(
         &mut self,
         shared: &mut Shared,
         now: Time,
-        request: &[u8],
-        agreed: &Agreed,
-        number: u8,
+        grant: &Grant,
+        result: &JobResult,
+    ) {
+        let is_wanted = self.state == State::Up && self.still_replaceable(grant.replaces);
+        let notify = match &result.shared {
+            Some(Ok(secret)) if is_wanted => {
+                return self.grant(shared, now, grant, Some(secret), &result.public);
+            }
+            // What it was to replace is at its end by now.
+            Some(Ok(_)) => NotifyType::TEMPORARY_FAILURE,
+            Some(Err(_)) | None => NotifyType::INVALID_SYNTAX,
+        };
+        let kind = ExchangeType::CREATE_CHILD_SA;
+        shared.release_pending(Some(grant.agreed.spi_in));
+        self.forget_rival(now, grant.replaces);
+        self.respond_notify(shared, now, kind, &grant.request, notify, &[]);
+    }
+
+    /// Installs a child that the peer gets, whose key exchange has yielded a secret if it has one, and answers.
+    fn grant(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        grant: &Grant,
+        secret: Option<&[u8]>,
         public: &[u8],
     ) {
+        let (agreed, replaces) = (&grant.agreed, grant.replaces);
+        let keys = self.child_keys(&agreed.suite, secret, Some(grant.nonces()));
+        let how = (Origin::Answered, replaces);
+        let new = self.install(shared, now, grant.child, agreed, keys, how);
+        self.replaced_by_peer(now, replaces, new);
+        self.answer_child(shared, now, grant, public);
+        self.yield_to_twin(shared, new);
+    }
+
+    fn answer_child(&mut self, shared: &mut Shared, now: Time, grant: &Grant, public: &[u8]) {
+        let agreed = &grant.agreed;
         let spi = agreed.spi_in.to_be_bytes();
         let Ok(nonce) = Nonce::new(&agreed.nonce) else {
             return;
         };
-        let mut payloads = vec![
-            Payload::SecurityAssociation(proposals::child_answer(&agreed.suite, number, &spi)),
-            Payload::Nonce(nonce),
-        ];
+        let chosen = proposals::child_answer(&agreed.suite, grant.number, &spi);
+        let mut payloads = vec![Payload::SecurityAssociation(chosen), Payload::Nonce(nonce)];
         if let Some(group) = agreed.suite.group {
             payloads.push(Payload::KeyExchange(KeyExchange {
                 method: KeMethod(group.id()),
@@ -296,13 +325,8 @@ impl IkeSa {
             Payload::TsResponder(TrafficSelectors::new(&agreed.local)),
         ]);
         payloads.extend(transport_mode(agreed.mode));
-        self.respond(
-            shared,
-            now,
-            ExchangeType::CREATE_CHILD_SA,
-            request,
-            &payloads,
-        );
+        let kind = ExchangeType::CREATE_CHILD_SA;
+        self.respond(shared, now, kind, &grant.request, &payloads);
     }
 }
 

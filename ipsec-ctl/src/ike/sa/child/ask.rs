@@ -7,6 +7,7 @@ use crate::ike::{
     endpoint::Shared,
     event::{FailureReason, Stage},
     exchange::{ChildOffer, ChildResponse, Notifies},
+    job::JobResult,
     message::{
         ExchangeType, Payload,
         payload::{KeMethod, KeyExchange, Nonce, Notify, NotifyType, Protocol},
@@ -181,6 +182,31 @@ impl IkeSa {
                 self.bad_answer(shared, now, &pending, detail);
             }
         }
+    }
+
+    /// The key exchange of a child that the peer has agreed to is done, or the peer's public value is not valid.
+    pub(super) fn secret_computed(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        pending: &PendingChild,
+        agreed: &Agreed,
+        result: &JobResult,
+    ) {
+        let Some(Ok(secret)) = &result.shared else {
+            let detail = "its public value is not valid".to_owned();
+            self.fail(shared, Stage::Child, FailureReason::BadMessage, detail);
+            self.tasks
+                .push_back(Task::DeleteChildren(vec![pending.spi_in]));
+            shared.release_pending(Some(pending.spi_in));
+            return self.child_not_had(shared, now, &pending.replaces);
+        };
+        let nonces = Nonces {
+            initiator: &pending.nonce,
+            responder: &agreed.nonce,
+        };
+        let keys = self.child_keys(&agreed.suite, Some(secret), Some(nonces));
+        self.child_agreed(shared, now, pending, agreed, keys);
     }
 
     /// What the responder chose, if it is among what we offered.

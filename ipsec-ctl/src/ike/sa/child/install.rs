@@ -11,14 +11,11 @@ use crate::ike::{
         keys::{ChildKeys, Nonces},
     },
     endpoint::{Origin, Shared},
-    event::{ChildSaId, ChildUp, DownReason, FailureReason, Stage},
+    event::{ChildSaId, ChildUp, DownReason},
     job::JobResult,
-    message::{
-        ExchangeType, Payload,
-        payload::{Delete, NotifyType},
-    },
+    message::{ExchangeType, Payload, payload::Delete},
     sa::{
-        Exchange, IkeSa, State, Task,
+        Exchange, IkeSa, Task,
         rekey::{Lifetime, Replaced, Standing},
     },
     time::Time,
@@ -35,76 +32,16 @@ impl IkeSa {
         let waiting = [&mut self.asking, &mut self.answering]
             .into_iter()
             .find_map(|slot| slot.take_if(|waiting| waiting.job == result.id));
-        let what = match waiting.map(|waiting| waiting.what) {
-            Some(ChildJob::Ike(job)) => {
-                self.ike_computed(shared, now, job, result);
-                return self.next_task(shared, now);
-            }
-            what => what,
-        };
-        match (what, result.shared) {
-            (Some(ChildJob::Public(pending)), _) => {
+        match waiting.map(|waiting| waiting.what) {
+            Some(ChildJob::Ike(job)) => self.ike_computed(shared, now, job, result),
+            Some(ChildJob::Public(pending)) => {
                 self.send_child(shared, now, pending, &result.public);
             }
-            (Some(ChildJob::Agree(pending, agreed)), Some(Ok(secret))) => {
-                let nonces = Nonces {
-                    initiator: &pending.nonce,
-                    responder: &agreed.nonce,
-                };
-                let keys = self.child_keys(&agreed.suite, Some(&secret), Some(nonces));
-                self.child_agreed(shared, now, &pending, &agreed, keys);
+            Some(ChildJob::Agree(pending, agreed)) => {
+                self.secret_computed(shared, now, &pending, &agreed, &result);
             }
-            (
-                Some(ChildJob::Answer {
-                    request,
-                    agreed,
-                    child,
-                    number,
-                    nonce_i,
-                    replaces,
-                }),
-                Some(Ok(secret)),
-            ) if self.state == State::Up && self.still_replaceable(replaces) => {
-                let nonces = Nonces {
-                    initiator: &nonce_i,
-                    responder: &agreed.nonce,
-                };
-                let keys = self.child_keys(&agreed.suite, Some(&secret), Some(nonces));
-                let how = (Origin::Answered, replaces);
-                let new = self.install(shared, now, child, &agreed, keys, how);
-                self.replaced_by_peer(now, replaces, new);
-                self.answer_child(shared, now, &request, &agreed, number, &result.public);
-                self.yield_to_twin(shared, new);
-            }
-            (Some(ChildJob::Agree(pending, _)), _) => {
-                let detail = "its public value is not valid".to_owned();
-                self.fail(shared, Stage::Child, FailureReason::BadMessage, detail);
-                self.tasks
-                    .push_back(Task::DeleteChildren(vec![pending.spi_in]));
-                shared.release_pending(Some(pending.spi_in));
-                self.child_not_had(shared, now, &pending.replaces);
-            }
-            (
-                Some(ChildJob::Answer {
-                    request,
-                    agreed,
-                    replaces,
-                    ..
-                }),
-                secret,
-            ) => {
-                let kind = ExchangeType::CREATE_CHILD_SA;
-                shared.release_pending(Some(agreed.spi_in));
-                self.forget_rival(now, replaces);
-                // What it was to replace is at its end by now, or its public value is not valid.
-                let notify = if matches!(secret, Some(Ok(_))) {
-                    NotifyType::TEMPORARY_FAILURE
-                } else {
-                    NotifyType::INVALID_SYNTAX
-                };
-                self.respond_notify(shared, now, kind, &request, notify, &[]);
-            }
-            (Some(ChildJob::Ike(_)) | None, _) => {}
+            Some(ChildJob::Answer(grant)) => self.grant_computed(shared, now, &grant, &result),
+            None => {}
         }
         self.next_task(shared, now);
     }

@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     initiate::NONCE_BYTES,
-    rekey::{IkeJob, Lifetime, Replaces, Standing},
+    rekey::{IkeJob, Lifetime, Replaced, Replaces, Standing},
 };
 use crate::ike::{
     config::{ChildConfig, ChildName, Mode},
-    crypto::{ChildSuite, EspProposal, Group, ke::PrivateKey},
+    crypto::{ChildSuite, EspProposal, Group, ke::PrivateKey, keys::Nonces},
     endpoint::Shared,
     event::ChildSaId,
     job::JobId,
@@ -99,16 +99,7 @@ pub(in crate::ike) enum ChildJob {
     /// We asked, and need the secret.
     Agree(PendingChild, Agreed),
     /// We answer, and need both.
-    Answer {
-        /// The request, to answer and to recognise it again.
-        request: Vec<u8>,
-        agreed: Agreed,
-        child: ChildName,
-        number: u8,
-        nonce_i: Vec<u8>,
-        /// The pair that the peer rekeys, and its line.
-        replaces: Option<(ChildSaId, ChildSaId)>,
-    },
+    Answer(Grant),
     /// It is no child but an IKE SA that takes the place of this one.
     Ike(IkeJob),
 }
@@ -133,6 +124,29 @@ pub(in crate::ike) struct Agreed {
     pub(in crate::ike::sa) nonce: Vec<u8>,
 }
 
+/// A child that the peer asks for in an exchange of its own, and gets.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::ike) struct Grant {
+    /// The request, to answer and to recognise it again.
+    request: Vec<u8>,
+    pub(in crate::ike::sa) agreed: Agreed,
+    child: ChildName,
+    /// Number of the chosen proposal.
+    number: u8,
+    nonce_i: Vec<u8>,
+    /// The pair that the peer rekeys, and its line.
+    pub(in crate::ike::sa) replaces: Option<Replaced>,
+}
+
+impl Grant {
+    fn nonces(&self) -> Nonces<'_> {
+        Nonces {
+            initiator: &self.nonce_i,
+            responder: &self.agreed.nonce,
+        }
+    }
+}
+
 impl Agreed {
     pub(in crate::ike::sa) fn sides(&self) -> Sides<'_> {
         (&self.local, &self.remote)
@@ -143,7 +157,7 @@ impl ChildJob {
     pub(in crate::ike::sa) fn child(&self) -> Option<ChildName> {
         match self {
             Self::Public(pending) | Self::Agree(pending, _) => Some(pending.child),
-            Self::Answer { child, .. } => Some(*child),
+            Self::Answer(grant) => Some(grant.child),
             Self::Ike(_) => None,
         }
     }
@@ -151,7 +165,7 @@ impl ChildJob {
     pub(in crate::ike::sa) fn spi(&self) -> Option<u32> {
         match self {
             Self::Public(pending) | Self::Agree(pending, _) => Some(pending.spi_in),
-            Self::Answer { agreed, .. } => Some(agreed.spi_in),
+            Self::Answer(grant) => Some(grant.agreed.spi_in),
             Self::Ike(_) => None,
         }
     }

@@ -102,7 +102,7 @@ impl IkeSa {
             .as_mut()
             .and_then(|waiting| match &mut waiting.what {
                 ChildJob::Public(pending) | ChildJob::Agree(pending, _) => Some(pending),
-                ChildJob::Answer { .. } | ChildJob::Ike(_) => None,
+                ChildJob::Answer(_) | ChildJob::Ike(_) => None,
             });
         let sent =
             self.outstanding
@@ -244,7 +244,8 @@ impl IkeSa {
     /// Whether our answer to a request of the peer to replace a pair is being computed.
     fn is_being_rekeyed(&self, sa: ChildSaId) -> bool {
         self.answering.as_ref().is_some_and(|waiting| {
-            matches!(&waiting.what, ChildJob::Answer { replaces: Some((old, _)), .. } if *old == sa)
+            matches!(&waiting.what, ChildJob::Answer(grant)
+                if grant.replaces.is_some_and(|(old, _)| old == sa))
         })
     }
 
