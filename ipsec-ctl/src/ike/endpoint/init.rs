@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use super::{Endpoint, Refusal, unprotected::notify};
 use crate::ike::{
     config::{NatPolicy, PeerConfig},
-    crypto::IkeProposal,
+    crypto::{IkeProposal, IkeSuite},
     event::{FailureReason, Stage},
     exchange::InitRequest,
     message::{Header, IkeSpi, Message, MessageId, payload::NotifyType},
@@ -13,6 +13,14 @@ use crate::ike::{
     sa::{Accept, IkeSa, State},
     time::Time,
 };
+
+/// Where a request comes from, where it came to, and what its sender calls the IKE SA that it wants.
+#[derive(Clone, Copy)]
+struct Caller {
+    local: SocketAddr,
+    remote: SocketAddr,
+    spi: IkeSpi,
+}
 
 impl Endpoint {
     pub(super) fn init_request(
@@ -40,52 +48,16 @@ impl Endpoint {
             Ok(request) => request,
             Err(error) => return self.bad_init(now, local, remote, &header, error),
         };
-        if !self.is_welcome(now, local, remote, spi_i, &request) {
+        let caller = Caller {
+            local,
+            remote,
+            spi: spi_i,
+        };
+        if !self.is_welcome(now, caller, &request) || !self.is_known(now, caller, &request) {
             return;
         }
-        let reply = |kind, data: &[u8]| notify(local, remote, spi_i, kind, data);
-        if self.shared.peers_at(remote.ip()).next().is_none() {
-            let detail = format!("it offers {}", proposals::describe(&request.sa));
-            if self.complaints.allows(now) {
-                self.shared.fail(
-                    None,
-                    remote,
-                    Stage::Init,
-                    FailureReason::UnknownPeer,
-                    detail,
-                );
-            }
-            self.shared.refuse(Refusal::UnknownPeer);
-            return self
-                .shared
-                .transmits
-                .extend(reply(NotifyType::NO_PROPOSAL_CHOSEN, &[]));
-        }
-        let chosen = self.shared.peers_at(remote.ip()).find_map(|peer| {
-            proposals::choose_ike(&peer.proposals, &request.sa, Some(request.ke.method.0))
-        });
-        let Some((suite, number)) = chosen else {
-            if self.complaints.allows(now) {
-                self.refuse_offer(remote, &request);
-            }
-            self.shared.refuse(Refusal::NoProposal);
-            return self
-                .shared
-                .transmits
-                .extend(reply(NotifyType::NO_PROPOSAL_CHOSEN, &[]));
-        };
-        if suite.group.id() != request.ke.method.0 {
-            let wanted = suite.group.id().to_be_bytes();
-            return self
-                .shared
-                .transmits
-                .extend(reply(NotifyType::INVALID_KE_PAYLOAD, &wanted));
-        }
-        let forbidden = |peer: &PeerConfig| peer.nat == NatPolicy::Forbid;
-        let nat = if self.shared.peers_at(remote.ip()).all(forbidden) {
-            NatPolicy::Forbid
-        } else {
-            NatPolicy::Auto
+        let Some((suite, number)) = self.choose_suite(now, caller, &request) else {
+            return;
         };
         let accept = Accept {
             id: self.shared.next_ike(),
@@ -95,12 +67,17 @@ impl Endpoint {
             spi_r: self.shared.allocate_ike_spi(),
             suite,
             number,
-            nat,
+            nat: self.nat_policy_at(remote),
             bytes,
             request: &request,
         };
         let sa = IkeSa::accept(&mut self.shared, now, &accept);
         self.insert(Box::new(sa));
+    }
+
+    fn answer_init(&mut self, caller: Caller, kind: NotifyType, data: &[u8]) {
+        let answer = notify(caller.local, caller.remote, caller.spi, kind, data);
+        self.shared.transmits.extend(answer);
     }
 
     /// A repeated request gets the same response again, if there is one already.
@@ -114,14 +91,8 @@ impl Endpoint {
     }
 
     /// Whether there is room for another half-open IKE SA, and whether the initiator is where it says.
-    fn is_welcome(
-        &mut self,
-        now: Time,
-        local: SocketAddr,
-        remote: SocketAddr,
-        spi_i: IkeSpi,
-        request: &InitRequest<'_>,
-    ) -> bool {
+    fn is_welcome(&mut self, now: Time, caller: Caller, request: &InitRequest<'_>) -> bool {
+        let (remote, spi) = (caller.remote, caller.spi);
         let (all, same) = self.index.half_open(remote.ip());
         let config = &self.shared.config;
         if all >= config.half_open || same >= config.half_open_per_source {
@@ -138,16 +109,70 @@ impl Endpoint {
             .find(NotifyType::COOKIE)
             .is_some_and(|cookie| {
                 self.cookies
-                    .is_good(random, now, (remote, spi_i, nonce), cookie.data)
+                    .is_good(random, now, (remote, spi, nonce), cookie.data)
             });
         if !good {
-            let cookie = self.cookies.issue(random, now, remote, spi_i, nonce);
-            self.shared
-                .transmits
-                .extend(notify(local, remote, spi_i, NotifyType::COOKIE, &cookie));
+            let cookie = self.cookies.issue(random, now, remote, spi, nonce);
+            self.answer_init(caller, NotifyType::COOKIE, &cookie);
             self.shared.refuse(Refusal::CookieDemanded);
         }
         good
+    }
+
+    /// Whether a peer is configured where the request comes from.
+    fn is_known(&mut self, now: Time, caller: Caller, request: &InitRequest<'_>) -> bool {
+        let remote = caller.remote;
+        if self.shared.peers_at(remote.ip()).next().is_some() {
+            return true;
+        }
+        let detail = format!("it offers {}", proposals::describe(&request.sa));
+        if self.complaints.allows(now) {
+            let reason = FailureReason::UnknownPeer;
+            self.shared.fail(None, remote, Stage::Init, reason, detail);
+        }
+        self.shared.refuse(Refusal::UnknownPeer);
+        self.answer_init(caller, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
+        false
+    }
+
+    /// What is chosen of the offer, with its number there, if a peer that may be the caller takes any of it. A caller that
+    /// has guessed another group is told which.
+    fn choose_suite(
+        &mut self,
+        now: Time,
+        caller: Caller,
+        request: &InitRequest<'_>,
+    ) -> Option<(IkeSuite, u8)> {
+        let remote = caller.remote;
+        let group = request.ke.method.0;
+        let chosen = self
+            .shared
+            .peers_at(remote.ip())
+            .find_map(|peer| proposals::choose_ike(&peer.proposals, &request.sa, Some(group)));
+        let Some((suite, number)) = chosen else {
+            if self.complaints.allows(now) {
+                self.refuse_offer(remote, request);
+            }
+            self.shared.refuse(Refusal::NoProposal);
+            self.answer_init(caller, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
+            return None;
+        };
+        if suite.group.id() != group {
+            let wanted = suite.group.id().to_be_bytes();
+            self.answer_init(caller, NotifyType::INVALID_KE_PAYLOAD, &wanted);
+            return None;
+        }
+        Some((suite, number))
+    }
+
+    /// Who the caller is comes later: NAT detection is done unless all peers that it may be forbid it.
+    fn nat_policy_at(&self, remote: SocketAddr) -> NatPolicy {
+        let forbidden = |peer: &PeerConfig| peer.nat == NatPolicy::Forbid;
+        if self.shared.peers_at(remote.ip()).all(forbidden) {
+            NatPolicy::Forbid
+        } else {
+            NatPolicy::Auto
+        }
     }
 
     /// Tells the operator what was offered and what comes nearest to it.
