@@ -5,12 +5,11 @@ use std::{
     net::SocketAddr,
 };
 
+use zeroize::Zeroizing;
+
 use super::{
-    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task,
-    child::{PendingChild, transport_mode},
-    mobike,
-    rekey::Succession,
-    sync::sync_supported,
+    Closed, Exchange, FollowUp, IkeSa, Nat, State, Task, child::PendingChild, mobike,
+    rekey::Succession, sync::sync_supported,
 };
 use crate::ike::{
     Identity,
@@ -386,12 +385,9 @@ impl IkeSa {
         }
     }
 
+    /// Sends IKE_AUTH, with the first child that is wanted now.
     fn send_auth(&mut self, shared: &mut Shared, now: Time) {
-        let (Some(peer), Some(suite), Some(keys)) = (
-            self.peer_config(shared).cloned(),
-            self.suite,
-            self.keys.clone(),
-        ) else {
+        let Some(peer) = self.peer_config(shared).cloned() else {
             return self.close(shared, DownReason::Operator, Closed::Wanted);
         };
         let id = peer
@@ -399,26 +395,10 @@ impl IkeSa {
             .clone()
             .unwrap_or_else(|| Identity::from(self.local.ip()));
         let (kind, data) = id.to_wire();
-        let id_body = id_body(kind.0, &data);
-        let proof = auth::psk(
-            suite.prf,
-            &peer.psk,
-            &Signed {
-                message: &self.init_request,
-                nonce: &self.nonce_r,
-                sk_p: &keys.sk_pi,
-                id: &id_body,
-            },
-        );
-        let mut children = peer.children.iter();
-        let first = children
-            .find(|child| !shared.is_dormant(peer.id, child.id))
-            .filter(|_| !(peer.childless && self.peer_takes_childless))
-            .map(|child| {
-                let (local, remote) = (child.local.clone(), child.remote.clone());
-                let packet = self.packets.remove(&child.id);
-                PendingChild::of(shared, child, local, remote).asked_for_by(packet)
-            });
+        let Some(proof) = self.prove_as_initiator(&peer.psk, &id_body(kind.0, &data)) else {
+            return self.close(shared, DownReason::Operator, Closed::Wanted);
+        };
+        let first = self.first_child(shared, &peer);
         let spi = first.as_ref().map(|pending| pending.spi_in.to_be_bytes());
         let expected = peer.remote_id.as_ref().map(Identity::to_wire);
         let mut payloads = vec![Payload::IdInitiator(Identification { kind, data: &data })];
@@ -436,12 +416,7 @@ impl IkeSa {
             )));
         }
         if let (Some(pending), Some(spi)) = (&first, &spi) {
-            payloads.extend(transport_mode(pending.mode));
-            payloads.extend([
-                Payload::SecurityAssociation(proposals::child_offer(&pending.proposals, spi, true)),
-                Payload::TsInitiator(pending.ts_local()),
-                Payload::TsResponder(pending.ts_remote()),
-            ]);
+            payloads.extend(pending.first_payloads(spi));
         }
         payloads.push(sync_supported());
         let mobike = self.offer_mobike(shared);
@@ -449,13 +424,31 @@ impl IkeSa {
         self.local_id = Some(id);
         self.state = State::AuthSent;
         self.next_request = 1;
-        self.request(
-            shared,
-            now,
-            ExchangeType::IKE_AUTH,
-            &payloads,
-            Exchange::Auth(first.clone()),
-        );
+        let exchange = Exchange::Auth(first.clone());
+        self.request(shared, now, ExchangeType::IKE_AUTH, &payloads, exchange);
+    }
+
+    /// The proof that we know the PSK; none without keys.
+    fn prove_as_initiator(&self, psk: &[u8], id: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        let (suite, keys) = self.suite.zip(self.keys.as_ref())?;
+        let signed = Signed {
+            message: &self.init_request,
+            nonce: &self.nonce_r,
+            sk_p: &keys.sk_pi,
+            id,
+        };
+        Some(auth::psk(suite.prf, psk, &signed))
+    }
+
+    /// The child that IKE_AUTH asks for, unless all of them wait or the tunnel's IKE SA is to begin without.
+    fn first_child(&mut self, shared: &mut Shared, peer: &PeerConfig) -> Option<PendingChild> {
+        let mut children = peer.children.iter();
+        let child = children
+            .find(|child| !shared.is_dormant(peer.id, child.id))
+            .filter(|_| !(peer.childless && self.peer_takes_childless))?;
+        let (local, remote) = (child.local.clone(), child.remote.clone());
+        let packet = self.packets.remove(&child.id);
+        Some(PendingChild::of(shared, child, local, remote).asked_for_by(packet))
     }
 
     pub(super) fn auth_response(

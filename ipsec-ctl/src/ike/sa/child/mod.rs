@@ -237,6 +237,19 @@ impl PendingChild {
         Self::ts_of(self.packet.map(|(_, remote)| remote), &self.remote)
     }
 
+    /// The payloads of IKE_AUTH that ask for it.
+    pub(in crate::ike::sa) fn first_payloads<'a>(
+        &'a self,
+        spi: &'a [u8],
+    ) -> impl Iterator<Item = Payload<'a>> {
+        let offer = proposals::child_offer(&self.proposals, spi, true);
+        transport_mode(self.mode).into_iter().chain([
+            Payload::SecurityAssociation(offer),
+            Payload::TsInitiator(self.ts_local()),
+            Payload::TsResponder(self.ts_remote()),
+        ])
+    }
+
     /// The group of its key exchange, if it has one.
     pub(in crate::ike::sa) fn group(&self) -> Option<Group> {
         self.private.as_ref().map(PrivateKey::group)
