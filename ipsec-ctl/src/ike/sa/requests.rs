@@ -20,6 +20,17 @@ use crate::ike::{
     time::Time,
 };
 
+/// A message as it has come.
+#[derive(Clone, Copy)]
+struct Arrival<'a> {
+    from: Path,
+    bytes: &'a [u8],
+    header: &'a Header,
+}
+
+/// What a message protects: a chain of payloads, and the type of the first.
+type Content = (PayloadType, Zeroizing<Vec<u8>>);
+
 impl IkeSa {
     pub(super) fn header(&self, exchange: ExchangeType, message_id: u32, response: bool) -> Header {
         Header {
@@ -273,56 +284,87 @@ impl IkeSa {
         let (Some((_, theirs)), Some(suite)) = (self.directions(), self.suite.as_ref()) else {
             return shared.refuse(Refusal::TooEarly);
         };
+        let arrival = Arrival {
+            from,
+            bytes,
+            header,
+        };
         let is_late = !self.is_in_window(header) || self.state == State::Lingering;
         let may_sync = part.is_none() && self.may_synchronize(header);
         if is_late && !may_sync && !self.is_last_request_again(header, part) {
-            return self.out_of_window(shared, now, from, header, bytes);
+            return self.out_of_window(shared, now, arrival);
         }
-        let chain = match sk::open(bytes, encrypted, suite, theirs) {
-            Ok(chain) => chain,
-            Err(_) => return shared.refuse(Refusal::NotAuthentic),
+        let Ok(chain) = sk::open(bytes, encrypted, suite, theirs) else {
+            return shared.refuse(Refusal::NotAuthentic);
         };
         // From here on the message is the peer's own.
-        self.heard = now;
-        if let Some(younger) = self.younger.take() {
-            shared.follow_ups.push_back(FollowUp::Yields(*younger));
-            self.not_replaced(now, SIMULTANEOUS);
-        }
+        self.hear(shared, now);
         if may_sync && let Some(numbers) = Self::proposed(encrypted.first, &chain) {
             self.synchronize(shared, now, bytes, numbers);
             return self.next_task(shared, now);
         }
         if is_late && part.is_none() {
-            return self.out_of_window(shared, now, from, header, bytes);
+            return self.out_of_window(shared, now, arrival);
         }
         if is_late {
             return self.respond_again(shared, now, from);
         }
+        self.handle_expected(shared, now, arrival, part, (encrypted.first, chain));
+    }
+
+    /// The peer lives, and so does this IKE SA.
+    fn hear(&mut self, shared: &mut Shared, now: Time) {
+        self.heard = now;
+        if let Some(younger) = self.younger.take() {
+            shared.follow_ups.push_back(FollowUp::Yields(*younger));
+            self.not_replaced(now, SIMULTANEOUS);
+        }
+    }
+
+    /// Takes an authentic message whose turn it is, or a fragment of it.
+    fn handle_expected(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        arrival: Arrival<'_>,
+        part: Option<Part>,
+        (first, chain): Content,
+    ) {
+        let header = arrival.header;
         // It has overtaken the response to IKE_AUTH, which proves who the peer is; its repetition will be answered.
         if !header.flags.response && self.state == State::AuthSent {
             return shared.refuse(Refusal::TooEarly);
         }
-        let (first, chain) = match part {
-            None => (encrypted.first, chain),
-            Some(part) => match self.fragments.take(header, part, encrypted.first, chain) {
-                Some(whole) => whole,
-                None => return,
-            },
+        let content = match part {
+            None => Some((first, chain)),
+            Some(part) => self.fragments.take(header, part, first, chain),
         };
+        let Some(content) = content else { return };
         if header.flags.response {
-            self.handle_response(shared, now, header, first, &chain);
+            self.handle_response(shared, now, header, &content);
         } else {
-            self.follow(shared, from);
-            self.asked_from = from;
-            self.made_by_last_answer = None;
-            let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
-            self.handle_request(shared, now, header, bytes, first, &chain);
-            // A further request proves that our last response has arrived, and what it agreed on is installed.
-            for sa in known {
-                shared.proved(sa);
-            }
+            self.take_request(shared, now, arrival, &content);
         }
         self.next_task(shared, now);
+    }
+
+    /// Answers a request, which tells where the peer is and what it has got of us.
+    fn take_request(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        arrival: Arrival<'_>,
+        content: &Content,
+    ) {
+        self.follow(shared, arrival.from);
+        self.asked_from = arrival.from;
+        self.made_by_last_answer = None;
+        let known: Vec<_> = self.children.iter().map(|child| child.id).collect();
+        self.handle_request(shared, now, arrival, content);
+        // A further request proves that our last response has arrived, and what it agreed on is installed.
+        for sa in known {
+            shared.proved(sa);
+        }
     }
 
     /// A message without protection proves nothing.
@@ -355,21 +397,14 @@ impl IkeSa {
 
     /// A repeated request gets the same response again, whatever has happened since.
     // RFC 7296 section 2.1: it is recognised by its bytes, so no key is needed; only what has its number is looked at.
-    fn out_of_window(
-        &mut self,
-        shared: &mut Shared,
-        now: Time,
-        from: Path,
-        header: &Header,
-        bytes: &[u8],
-    ) {
-        let is_repeated = self.may_be_last_request(header)
+    fn out_of_window(&mut self, shared: &mut Shared, now: Time, arrival: Arrival<'_>) {
+        let is_repeated = self.may_be_last_request(arrival.header)
             && self
                 .answered
                 .as_ref()
-                .is_some_and(|answered| answered.request == digest(bytes));
+                .is_some_and(|answered| answered.request == digest(arrival.bytes));
         if is_repeated {
-            self.respond_again(shared, now, from);
+            self.respond_again(shared, now, arrival.from);
         } else {
             shared.refuse(Refusal::OutOfWindow);
         }
@@ -438,13 +473,11 @@ impl IkeSa {
         &mut self,
         shared: &mut Shared,
         now: Time,
-        header: &Header,
-        bytes: &[u8],
-        first: PayloadType,
-        chain: &Zeroizing<Vec<u8>>,
+        arrival: Arrival<'_>,
+        (first, chain): &Content,
     ) {
-        let kind = header.exchange;
-        let payloads = match parse_payloads(first, chain) {
+        let (kind, bytes) = (arrival.header.exchange, arrival.bytes);
+        let payloads = match parse_payloads(*first, chain) {
             Ok(payloads) => payloads,
             Err(_) => {
                 // RFC 7296 section 2.21.3: an authentic message that makes no sense ends the IKE SA.
@@ -490,13 +523,12 @@ impl IkeSa {
         shared: &mut Shared,
         now: Time,
         header: &Header,
-        first: PayloadType,
-        chain: &Zeroizing<Vec<u8>>,
+        (first, chain): &Content,
     ) {
         let Some(outstanding) = self.outstanding.take() else {
             return;
         };
-        let Ok(payloads) = parse_payloads(first, chain) else {
+        let Ok(payloads) = parse_payloads(*first, chain) else {
             shared.release_pending(outstanding.exchange.spi());
             return self.break_off(shared, now);
         };
