@@ -33,7 +33,7 @@ use super::{
     endpoint::{HANDOVER, Shared},
     event::{ChildSaId, DownReason, Event, IkeInfo, IkeSaId, OuterAddresses},
     job::{JobId, JobResult},
-    message::IkeSpi,
+    message::{ExchangeType, IkeSpi},
     time::Time,
 };
 
@@ -159,6 +159,22 @@ impl Exchange {
             | Self::CheckPath(_)
             | Self::TellAddresses
             | Self::AskForFresh => None,
+        }
+    }
+
+    /// Whether an encrypted response of this kind may be the one to it; for what INFORMATIONAL asks any is taken.
+    fn may_be_answered_by(&self, kind: ExchangeType) -> bool {
+        match self {
+            Self::Init => false,
+            Self::Auth(_) => kind == ExchangeType::IKE_AUTH,
+            Self::Child(_) | Self::RekeyIke(_) => kind == ExchangeType::CREATE_CHILD_SA,
+            Self::DeleteChildren(_)
+            | Self::DeleteIke
+            | Self::Liveness
+            | Self::UpdateAddresses(_)
+            | Self::CheckPath(_)
+            | Self::TellAddresses
+            | Self::AskForFresh => true,
         }
     }
 }

@@ -528,63 +528,80 @@ impl IkeSa {
         let Some(outstanding) = self.outstanding.take() else {
             return;
         };
+        let exchange = outstanding.exchange;
+        let spi = exchange.spi();
         let Ok(payloads) = parse_payloads(*first, chain) else {
-            shared.release_pending(outstanding.exchange.spi());
+            shared.release_pending(spi);
             return self.break_off(shared, now);
         };
-        let spi = outstanding.exchange.spi();
-        let sorted = match outstanding.exchange {
-            Exchange::Auth(pending) if self.state != State::AuthSent => {
-                shared.release_pending(pending.map(|pending| pending.spi_in));
-                Ok(())
-            }
-            Exchange::Auth(pending) if header.exchange == ExchangeType::IKE_AUTH => {
-                AuthResponse::sort(payloads)
-                    .map(|response| self.auth_response(shared, now, pending, &response))
-            }
-            Exchange::RekeyIke(pending) if self.state != State::Up => {
-                self.give_up_heir(shared, &pending);
-                Ok(())
-            }
-            Exchange::RekeyIke(pending) if header.exchange == ExchangeType::CREATE_CHILD_SA => {
-                ChildResponse::sort(payloads)
-                    .map(|response| self.heir_response(shared, now, pending, &response))
-            }
-            // The IKE SA is being deleted, and its children with it.
-            Exchange::Child(pending) if self.state != State::Up => {
-                shared.release_pending(Some(pending.spi_in));
-                Ok(())
-            }
-            Exchange::Child(pending) if header.exchange == ExchangeType::CREATE_CHILD_SA => {
-                ChildResponse::sort(payloads)
-                    .map(|response| self.child_response(shared, now, pending, &response))
-            }
-            Exchange::DeleteIke => {
-                self.deleted(shared);
-                Ok(())
-            }
-            Exchange::DeleteChildren(spis) => {
-                self.children_deleted(shared, now, &spis);
-                Ok(())
-            }
-            Exchange::Liveness => Informational::sort(payloads)
-                .map(|response| self.lives(shared, now, &response.notifies)),
-            Exchange::UpdateAddresses(probe) => Informational::sort(payloads)
-                .map(|response| self.update_answered(shared, now, &probe, &response.notifies)),
-            Exchange::CheckPath(probe) => Informational::sort(payloads)
-                .map(|response| self.path_answered(shared, now, &probe, &response.notifies)),
-            Exchange::TellAddresses | Exchange::AskForFresh => Ok(()),
-            exchange @ (Exchange::Init
-            | Exchange::Auth(_)
-            | Exchange::Child(_)
-            | Exchange::RekeyIke(_)) => {
-                self.abandon(shared, &exchange);
-                return self.break_off(shared, now);
-            }
-        };
-        if sorted.is_err() {
+        if !self.still_wants(&exchange) {
+            return self.abandon(shared, &exchange);
+        }
+        if !exchange.may_be_answered_by(header.exchange) {
+            self.abandon(shared, &exchange);
+            return self.break_off(shared, now);
+        }
+        if self.take_answer(shared, now, exchange, payloads).is_err() {
             shared.release_pending(spi);
             self.break_off(shared, now);
         }
+    }
+
+    /// Whether there is a place for what a request of ours is to bring.
+    fn still_wants(&self, exchange: &Exchange) -> bool {
+        match exchange {
+            Exchange::Auth(_) => self.state == State::AuthSent,
+            // While the IKE SA is being deleted its children go with it.
+            Exchange::RekeyIke(_) | Exchange::Child(_) => self.state == State::Up,
+            Exchange::Init
+            | Exchange::DeleteChildren(_)
+            | Exchange::DeleteIke
+            | Exchange::Liveness
+            | Exchange::UpdateAddresses(_)
+            | Exchange::CheckPath(_)
+            | Exchange::TellAddresses
+            | Exchange::AskForFresh => true,
+        }
+    }
+
+    /// Sorts the payloads of a response, and hands them to what has asked.
+    fn take_answer(
+        &mut self,
+        shared: &mut Shared,
+        now: Time,
+        exchange: Exchange,
+        payloads: Vec<Payload<'_>>,
+    ) -> Result<(), SortError> {
+        match exchange {
+            Exchange::Auth(pending) => {
+                let response = AuthResponse::sort(payloads)?;
+                self.auth_response(shared, now, pending, &response);
+            }
+            Exchange::RekeyIke(pending) => {
+                let response = ChildResponse::sort(payloads)?;
+                self.heir_response(shared, now, pending, &response);
+            }
+            Exchange::Child(pending) => {
+                let response = ChildResponse::sort(payloads)?;
+                self.child_response(shared, now, pending, &response);
+            }
+            Exchange::DeleteIke => self.deleted(shared),
+            Exchange::DeleteChildren(spis) => self.children_deleted(shared, now, &spis),
+            Exchange::Liveness => {
+                let response = Informational::sort(payloads)?;
+                self.lives(shared, now, &response.notifies);
+            }
+            Exchange::UpdateAddresses(probe) => {
+                let response = Informational::sort(payloads)?;
+                self.update_answered(shared, now, &probe, &response.notifies);
+            }
+            Exchange::CheckPath(probe) => {
+                let response = Informational::sort(payloads)?;
+                self.path_answered(shared, now, &probe, &response.notifies);
+            }
+            // What answers the first is not encrypted, and what answers the others says nothing.
+            Exchange::Init | Exchange::TellAddresses | Exchange::AskForFresh => {}
+        }
+        Ok(())
     }
 }
