@@ -531,7 +531,7 @@ impl IkeSa {
         let exchange = outstanding.exchange;
         let spi = exchange.spi();
         let Ok(payloads) = parse_payloads(*first, chain) else {
-            shared.release_pending(spi);
+            self.abandon(shared, &exchange);
             return self.break_off(shared, now);
         };
         if !self.still_wants(&exchange) {
@@ -578,7 +578,8 @@ impl IkeSa {
                 self.auth_response(shared, now, pending, &response);
             }
             Exchange::RekeyIke(pending) => {
-                let response = ChildResponse::sort(payloads)?;
+                let response = ChildResponse::sort(payloads)
+                    .inspect_err(|_| self.give_up_heir(shared, &pending))?;
                 self.heir_response(shared, now, pending, &response);
             }
             Exchange::Child(pending) => {

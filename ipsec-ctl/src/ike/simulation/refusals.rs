@@ -10,11 +10,14 @@ use super::{
 };
 use crate::ike::{
     config::{PeerId, Role},
+    crypto::{Group, ke::PrivateKey},
     event::{Command, DownReason, Event, FailureReason, Rekey},
-    fuzzing::puppet::{Bench, OURS, Puppet, notify, peer},
+    fuzzing::puppet::{Bench, Counter, OURS, Puppet, notify, peer},
     message::{
         ExchangeType, Message, MessageId, Payload,
-        payload::{Delete, Nonce, Notify, NotifyType, Protocol, TrafficSelectors},
+        payload::{
+            Delete, KeMethod, KeyExchange, Nonce, Notify, NotifyType, Protocol, TrafficSelectors,
+        },
     },
     negotiate::proposals,
     time::Time,
@@ -242,6 +245,43 @@ fn a_peer_that_is_busy_is_asked_again_for_some_minutes_and_then_left() {
         assert_eq!(lost_children(&bench), [], "what is there goes on");
         assert_eq!(bench.endpoint.established().count(), 1);
     }
+}
+
+// RFC 7296 section 2.8.2: of two heirs that were begun at once the exchange that goes on decides; here only the peer's is left.
+#[test]
+fn an_answer_without_sense_to_our_rekeying_of_the_ike_sa_leaves_the_heir_that_the_peer_has_begun() {
+    let (mut bench, mut puppet) = connected();
+    bench.command(Command::Rekey(PEER, Rekey::Ike));
+    let (id, what) = asked(&puppet, bench.sent.last().expect("a request"));
+    assert_eq!(what, Asked::Ike);
+    let group = Group::Curve25519;
+    let public = PrivateKey::generate(group, &mut Counter(5)).public();
+    let spi = 0x5eed_u64.to_be_bytes();
+    let rekeying = [
+        Payload::SecurityAssociation(proposals::ike_rekey_offer(
+            &peer(Role::Respond).proposals,
+            &spi,
+        )),
+        Payload::Nonce(Nonce::new(&[3; 32]).unwrap()),
+        Payload::KeyExchange(KeyExchange {
+            method: KeMethod(group.id()),
+            public: &public,
+        }),
+    ];
+    let kind = ExchangeType::CREATE_CHILD_SA;
+    let request = puppet.seal(kind, 3, false, &rekeying).unwrap();
+    let answers = bench.deliver(&request);
+    assert_eq!(answers.len(), 1, "the peer's heir is agreed to");
+    let two = [(); 2].map(|()| Payload::Nonce(Nonce::new(&[4; 32]).unwrap()));
+    let senseless = puppet.seal(kind, id, true, &two).unwrap();
+    bench.deliver(&senseless);
+    assert_eq!(lost_children(&bench), [], "they are the heir's");
+    bench.sent.clear();
+    bench.command(Command::Rekey(PEER, Rekey::Children));
+    let request = bench.sent.last().expect("the heir is in force");
+    let header = Message::parse(request).unwrap().header;
+    assert_eq!(header.exchange, kind);
+    assert_eq!(header.spi_i.0.to_be_bytes(), spi);
 }
 
 /// The peer asks for a child; returns what the answer says.

@@ -124,8 +124,16 @@ impl Inner {
         }
         let old = all.tunnels.remove(&id);
         let interface = match alone {
-            Some(_) => Interface::NONE,
-            None => self.interface(all, &spec, old.as_ref()).await?,
+            Some(_) => Ok(Interface::NONE),
+            None => self.interface(all, &spec, old.as_ref()).await,
+        };
+        let interface = match interface {
+            Ok(interface) => interface,
+            Err(rejected) => {
+                // It stays as it was.
+                all.tunnels.extend(old.map(|old| (id, old)));
+                return Err(rejected);
+            }
         };
         let is_new = old.as_ref().is_none_or(|old| old.if_id != interface.if_id);
         let (mut reqids, outbound) = old
@@ -202,7 +210,11 @@ impl Inner {
             Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
             Some(old) => {
                 self.netlink.remove_link(old.ifindex).await?;
-                self.create(all, &spec.device).await?
+                self.free_name(&spec.device).await?;
+                // The number is the same, for SAs have it, too.
+                let device = &spec.device;
+                self.netlink.add_xfrm_interface(device, old.if_id).await?;
+                (old.if_id, old.policies.clone())
             }
             None => self.create(all, &spec.device).await?,
         };
@@ -215,25 +227,30 @@ impl Inner {
         })
     }
 
+    /// Removes a device that has the name of one that is to be created: an interface that is not known any more, or that of a
+    /// tunnel that was the other engine's.
+    async fn free_name(&self, device: &str) -> Result<(), Rejected> {
+        if let Some(link) = self.netlink.link(device).await?
+            && matches!(link.kind.as_deref(), Some("xfrm" | "tun"))
+        {
+            self.netlink.remove_link(link.index).await?;
+        }
+        Ok(())
+    }
+
     /// Creates the device, or takes over the one that a former life has left; returns its number and its policies.
     async fn create(
         &self,
         all: &mut Everything,
         device: &str,
     ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
-        if let Some(link) = self.netlink.link(device).await? {
-            match link.kind.as_deref() {
-                Some("xfrm") => {
-                    if let Some(left) = all.former.take_over(device, link.index) {
-                        return Ok(left);
-                    }
-                    self.netlink.remove_link(link.index).await?;
-                }
-                // The tunnel was the other engine's.
-                Some("tun") => self.netlink.remove_link(link.index).await?,
-                Some(_) | None => {}
-            }
+        if let Some(link) = self.netlink.link(device).await?
+            && link.kind.as_deref() == Some("xfrm")
+            && let Some(left) = all.former.take_over(device, link.index)
+        {
+            return Ok(left);
         }
+        self.free_name(device).await?;
         let used = used(all);
         let if_id = (FIRST_IF_ID..=LAST_IF_ID)
             .find(|number| !used.contains(number) && !all.former.has(*number))
