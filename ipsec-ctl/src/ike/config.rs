@@ -181,6 +181,13 @@ pub struct PeerConfig {
     pub children: Vec<ChildConfig>,
 }
 
+impl PeerConfig {
+    /// Who we are to it at an address of ours.
+    pub fn identity_at(&self, local: IpAddr) -> Identity {
+        self.local_id.clone().unwrap_or_else(|| local.into())
+    }
+}
+
 impl fmt::Debug for PeerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PeerConfig({}, {})", self.id.0, self.name)

@@ -85,6 +85,8 @@ struct Count {
     reasons: Vec<String>,
     /// What failed the first time and was tried again.
     unsteady: Vec<String>,
+    /// Names of what failed.
+    failures: Vec<String>,
 }
 
 /// Runs the groups of these names, or all.
@@ -174,6 +176,17 @@ fn summarise(results: &[(&str, Count, Duration, bool)]) -> anyhow::Result<()> {
             "{UNSTEADY}{name}: it failed the first time, for the reason told above"
         )?;
     }
+    for name in &all.failures {
+        writeln!(out, "failed: {name}: its error stands above")?;
+    }
+    for (name, count, ..) in results.iter().filter(|(.., good)| !good) {
+        if count.failed == 0 {
+            writeln!(
+                out,
+                "failed: {name}: a program was not built, or ended before its tests did, as told above"
+            )?;
+        }
+    }
     writeln!(
         out,
         "{} passed, {} failed, {} skipped",
@@ -213,6 +226,7 @@ impl Count {
         self.skipped += other.skipped;
         self.reasons.extend(other.reasons);
         self.unsteady.extend(other.unsteady);
+        self.failures.extend(other.failures);
     }
 
     /// Counts tests as skipped that passed because they did nothing, by the lines that they wrote.
@@ -224,9 +238,16 @@ impl Count {
         }
     }
 
-    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, `test NAME ... ignored (REASON)`, or
-    /// `tried twice: NAME`; others count nothing.
+    /// Reads a line such as `test result: ok. 22 passed; 0 failed; 1 ignored; ..`, `test NAME ... ignored (REASON)`,
+    /// `tried twice: NAME`, or `---- NAME ----` above the output of one that failed; others count nothing.
     fn add(&mut self, line: &str) {
+        if let Some(name) = line
+            .strip_prefix("---- ")
+            .and_then(|rest| rest.strip_suffix(" ----"))
+        {
+            let name = name.strip_suffix(" stdout").unwrap_or(name);
+            self.failures.push(name.to_owned());
+        }
         if let Some(name) = line.strip_prefix(UNSTEADY) {
             self.unsteady.push(name.to_owned());
         }
@@ -268,6 +289,8 @@ mod tests {
             "test a ... ok",
             "test result: ok. 22 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
             "tried twice: d",
+            "---- e ----",
+            "---- f::g stdout ----",
             "test b    ... ignored (there is no `nft`: apt-get install nftables)",
             "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ] {
@@ -285,6 +308,7 @@ mod tests {
                     "c: needs root".to_owned()
                 ],
                 unsteady: vec!["d".to_owned()],
+                failures: vec!["e".to_owned(), "f::g".to_owned()],
             }
         );
     }

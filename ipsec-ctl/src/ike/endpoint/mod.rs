@@ -358,16 +358,17 @@ impl Endpoint {
         self.touched.extend(ids);
     }
 
-    /// Rekeys what is up of a peer. What is about to go is left alone.
+    /// Rekeys all that is up of a peer, which may be many hosts. What is about to go is left alone.
     fn rekey(&mut self, now: Time, peer: PeerId, what: Rekey) {
-        self.touch(peer);
-        let newest = self.newest(peer, |sa| sa.state == State::Up && !sa.is_retiring());
-        if let Some(sa) = newest.and_then(|id| self.sas.get_mut(&id)) {
-            match what {
-                Rekey::Ike => sa.wish_ike_rekeyed(&mut self.shared, now),
-                Rekey::Children => sa.wish_all_rekeyed(&mut self.shared, now),
+        self.with_all(peer, |sa, shared| {
+            if sa.state != State::Up || sa.is_retiring() {
+                return;
             }
-        }
+            match what {
+                Rekey::Ike => sa.wish_ike_rekeyed(shared, now),
+                Rekey::Children => sa.wish_all_rekeyed(shared, now),
+            }
+        });
     }
 
     fn up(&mut self, now: Time, peer: PeerId, local: SocketAddr) {

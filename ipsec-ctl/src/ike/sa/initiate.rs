@@ -390,10 +390,7 @@ impl IkeSa {
         let Some(peer) = self.peer_config(shared).cloned() else {
             return self.close(shared, DownReason::Operator, Closed::Wanted);
         };
-        let id = peer
-            .local_id
-            .clone()
-            .unwrap_or_else(|| Identity::from(self.local.ip()));
+        let id = peer.identity_at(self.local.ip());
         let (kind, data) = id.to_wire();
         let Some(proof) = self.prove_as_initiator(&peer.psk, &id_body(kind.0, &data)) else {
             return self.close(shared, DownReason::Operator, Closed::Wanted);

@@ -176,10 +176,7 @@ impl IkeSa {
         };
         self.peer = Some(peer.id);
         self.remote_id = Some(identity);
-        let ours = peer
-            .local_id
-            .clone()
-            .unwrap_or_else(|| Identity::from(self.local.ip()));
+        let ours = peer.identity_at(self.local.ip());
         self.local_id = Some(ours.clone());
         let initial_contact = request.notifies.has(NotifyType::INITIAL_CONTACT);
         self.agree_on_mobike(shared, &request.notifies);
@@ -210,13 +207,7 @@ impl IkeSa {
             .peers_at(self.remote.ip())
             .filter(|peer| {
                 is_expected(peer, identity)
-                    && wanted.is_none_or(|wanted| {
-                        *wanted
-                            == peer
-                                .local_id
-                                .clone()
-                                .unwrap_or_else(|| Identity::from(self.local.ip()))
-                    })
+                    && wanted.is_none_or(|wanted| *wanted == peer.identity_at(self.local.ip()))
                     && proposals::choose_ike(&peer.proposals, &answer, None).is_some()
             })
             .collect();

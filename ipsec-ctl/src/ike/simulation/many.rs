@@ -1,6 +1,7 @@
 //! A thousand tunnels between two gateways: what one more costs must not grow with how many there are.
 
 use std::{
+    collections::BTreeSet,
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
@@ -107,6 +108,20 @@ fn one_more_peer_of_a_tunnel_for_many_has_nothing_done_about_the_others() {
     }
     pair.run(Duration::from_secs(15));
     pair.assert_agreement(PEERS as usize);
+    changed(&mut pair.a);
+    changed(&mut pair.b);
+
+    // A rekeying is of all of them.
+    let ids = |pair: &Pair| -> BTreeSet<_> {
+        let up = pair.b.endpoint.established();
+        up.map(|(id, ..)| id).collect()
+    };
+    let before = ids(&pair);
+    pair.tell_b(Command::Rekey(PEER, Rekey::Ike));
+    // Until the old ones are forgotten.
+    pair.run(Duration::from_secs(60));
+    pair.assert_agreement(PEERS as usize);
+    assert!(ids(&pair).is_disjoint(&before));
     changed(&mut pair.a);
     changed(&mut pair.b);
 
