@@ -37,7 +37,7 @@ enum Task {
         /// Also those that take minutes
         #[arg(long)]
         full: bool,
-        /// Only these groups: unit, simulation, namespaces, interop, guest, qemu (unless it is named, with --full only)
+        /// Only these groups: unit, simulation, namespaces, interop, guest; with --full, or by their names, also packaged-guest and qemu
         groups: Vec<String>,
     },
     /// Show two gateways and a tunnel with real traffic, and check what an eavesdropper sees
