@@ -48,7 +48,7 @@ enum Command {
     Up(tunnel::Options),
     /// Take a tunnel down until it is brought up again; what it protects stays blocked.
     Down(tunnel::Options),
-    /// Rekey a tunnel's children, or its IKE SA, before their time; no packet is lost.
+    /// Rekey a tunnel's children, or its IKE SA, before their time, with all peers that it is up with; no packet is lost.
     Rekey(tunnel::RekeyOptions),
     /// Move a tunnel to another engine while it is up; no packet is lost.
     Move(tunnel::MoveOptions),
