@@ -23,7 +23,7 @@ use crate::{
         },
         xdp::{outbound::LEAST_IPV6_MTU, path_mtu::MTU_WITHOUT_SA},
     },
-    net::xfrm::Policy,
+    net::{netlink::Link, xfrm::Policy},
 };
 
 /// A tunnel.
@@ -210,9 +210,10 @@ impl Inner {
             Some(old) if old.spec.device == spec.device => (old.if_id, old.policies.clone()),
             Some(old) => {
                 self.netlink.remove_link(old.ifindex).await?;
-                self.free_name(&spec.device).await?;
-                // The number is the same, for SAs have it, too.
                 let device = &spec.device;
+                let namesake = self.netlink.link(device).await?;
+                self.make_way(namesake).await?;
+                // The number is the same, for SAs have it, too.
                 self.netlink.add_xfrm_interface(device, old.if_id).await?;
                 (old.if_id, old.policies.clone())
             }
@@ -229,8 +230,8 @@ impl Inner {
 
     /// Removes a device that has the name of one that is to be created: an interface that is not known any more, or that of a
     /// tunnel that was the other engine's.
-    async fn free_name(&self, device: &str) -> Result<(), Rejected> {
-        if let Some(link) = self.netlink.link(device).await?
+    async fn make_way(&self, namesake: Option<Link>) -> Result<(), Rejected> {
+        if let Some(link) = namesake
             && matches!(link.kind.as_deref(), Some("xfrm" | "tun"))
         {
             self.netlink.remove_link(link.index).await?;
@@ -244,13 +245,14 @@ impl Inner {
         all: &mut Everything,
         device: &str,
     ) -> Result<(u32, BTreeSet<Policy>), Rejected> {
-        if let Some(link) = self.netlink.link(device).await?
+        let namesake = self.netlink.link(device).await?;
+        if let Some(link) = &namesake
             && link.kind.as_deref() == Some("xfrm")
             && let Some(left) = all.former.take_over(device, link.index)
         {
             return Ok(left);
         }
-        self.free_name(device).await?;
+        self.make_way(namesake).await?;
         let used = used(all);
         let if_id = (FIRST_IF_ID..=LAST_IF_ID)
             .find(|number| !used.contains(number) && !all.former.has(*number))
